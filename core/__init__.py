@@ -1,0 +1,58 @@
+"""tamis: fewer tokens for transformer models, as a rewrite of their graph.
+
+    fast = tamis.compile(model, (images,), passes="tome:r=13")
+
+Public names are imported when first used, so that `import tamis` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "compile": "runtime.api",
+    "load": "runtime.api",
+    "capture": "capture",
+    "CompiledModel": "runtime.compiled",
+    "TokenGraph": "graph",
+    "Tokens": "tokens",
+    "Plan": "tokens",
+    "Schedule": "schedule",
+    "Pass": "rewrite",
+    "Outcome": "rewrite",
+    "Pipeline": "rewrite",
+    "register": "rewrite",
+    "Target": "target",
+    "TamisError": "errors",
+}
+
+if TYPE_CHECKING:
+    from .capture import capture as capture
+    from .errors import TamisError as TamisError
+    from .graph import TokenGraph as TokenGraph
+    from .rewrite import Outcome as Outcome
+    from .rewrite import Pass as Pass
+    from .rewrite import Pipeline as Pipeline
+    from .rewrite import register as register
+    from .runtime.api import compile as compile
+    from .runtime.api import load as load
+    from .runtime.compiled import CompiledModel as CompiledModel
+    from .schedule import Schedule as Schedule
+    from .target import Target as Target
+    from .tokens import Plan as Plan
+    from .tokens import Tokens as Tokens
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tamis' has no attribute {name!r}")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,198 @@
+"""`TokenGraph`: an exported program and what analysis knows of its tokens.
+
+Nodes are referred to by name: names survive copies, printing and serialisation, node objects do not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import fx
+    from torch.export import ExportedProgram
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a site's mask does, found by evaluating the nodes that build it at several lengths and paddings.
+
+    kind  "full"    every key is seen (the mask is then removed from the canonical form),
+          "padding" keys that hold padding are hidden, the same for every query,
+          "causal"  later keys are hidden (and padding, if `padded`),
+          "bias"    anything else: added to the logits as it stands, both its last axes being token axes
+    node  name of the mask's node, None when there is none
+    additive  float mask (0 and a large negative number, or a bias) rather than boolean
+    """
+
+    kind: str = "full"
+    node: str | None = None
+    additive: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention site.  q, k, v are node names of [B, H, N, D] tensors.
+
+    role  "stream" self-attention over the token stream, "pool" few queries that are not tokens read the stream,
+          "cross" keys from elsewhere, "other" not on the stream
+    """
+
+    index: int
+    node: str
+    q: str
+    k: str
+    v: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    causal: bool
+    mask: Mask
+    role: str
+    module: str  # path of the module in the user's model
+    source: str  # "file:line" in the user's model, "" when unknown
+    reason: str = ""  # why the role is not "stream"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer of the stream: its site and its cut points (node names; None: there is no such place).
+
+    A cut is a node whose value is the whole state of the stream [B, N, C]: replacing it reduces everything after.
+    """
+
+    index: int
+    site: int
+    before_attention: str | None
+    after_attention: str | None
+    after_block: str | None
+    notes: tuple[str, ...] = ()  # why a cut is missing
+
+    def cut(self, where: str) -> str | None:
+        """Node name of the cut `where`."""
+        return {
+            "before_attention": self.before_attention,
+            "after_attention": self.after_attention,
+            "after_block": self.after_block,
+        }[where]
+
+
+@dataclass(frozen=True)
+class TokenGraph:
+    """An exported program in canonical form with its attention sites and token stream.
+
+    program       the torch.export program; its graph is never changed in place
+    layers        layers of the stream, in order; empty when there is none (`why_no_stream` says why)
+    prefix        leading tokens that must stay in place: class, distillation, register tokens
+    class_token   whether token 0 is a class token (an input-independent prefix token, or one read by position)
+    grid          rows and columns of the patch tokens, where known
+    name          what the user called the model
+    source_hash   sha256 of the captured graph and weights' names and shapes, for recipes
+    """
+
+    program: ExportedProgram
+    sites: tuple[Site, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    prefix: int = 0
+    class_token: bool = False
+    grid: tuple[int, int] | None = None
+    name: str = "model"
+    source_hash: str = ""
+    why_no_stream: Exception | None = field(default=None, compare=False)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The fx graph of the program."""
+        return self.program.graph_module.graph
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`; KeyError if there is none."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def with_program(self, program: ExportedProgram) -> TokenGraph:
+        """The same graph with another program and nothing known of it yet."""
+        return TokenGraph(program, name=self.name, source_hash=self.source_hash)
+
+    def with_name(self, name: str) -> TokenGraph:
+        """The same graph under another name."""
+        return replace(self, name=name)
+
+    def text(self) -> str:
+        """The graph as text, one line a node: `%name = op(args) : dtype[shape]`, parameters left out."""
+        return "\n".join(self._lines())
+
+    def diff(self, before: TokenGraph) -> str:
+        """What changed since `before`, as +/- lines of `text()` without context; "" when nothing did."""
+        lines = difflib.unified_diff(list(before._lines()), list(self._lines()), n=0, lineterm="")
+        return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+    def _lines(self) -> Iterator[str]:
+        lifted = _lifted_names(self.program)
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name in lifted:
+                continue
+            yield _line(node, lifted)
+
+
+def _lifted_names(program: ExportedProgram) -> dict[str, str]:
+    signature = program.graph_signature
+    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+
+
+def _line(node: fx.Node, lifted: dict[str, str]) -> str:
+    def show(arg: Any) -> str:
+        if isinstance(arg, (list, tuple)):
+            return f"[{', '.join(map(show, arg))}]"
+        if hasattr(arg, "op") and hasattr(arg, "name"):
+            return f"@{lifted[arg.name]}" if arg.name in lifted else f"%{arg.name}"
+        return str(arg)
+
+    if node.op == "output":
+        return f"return {', '.join(map(show, node.args[0]))}"
+    if node.op == "placeholder":
+        return f"%{node.name} = input : {shape_text(node.meta.get('val'))}"
+    args = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items()]
+    return f"%{node.name} = {op_name(node)}({', '.join(args)}) : {shape_text(node.meta.get('val'))}"
+
+
+def op_name(node: fx.Node) -> str:
+    """`layer_norm`, `tamis.reduce_tokens`, `getitem`: the node's op without overload noise."""
+    target = node.target
+    if hasattr(target, "namespace") and hasattr(target, "_schema"):
+        name = target._schema.name.split("::")[1]
+        return name if target.namespace == "aten" else f"{target.namespace}.{name}"
+    return getattr(target, "__name__", str(target))
+
+
+def shape_text(value: Any) -> str:
+    """`f32[s77, 197, 384]`; lists in parentheses; ints as they are."""
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(shape_text, value))})"
+    if not hasattr(value, "shape"):
+        return str(value)
+    dtype = str(value.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i").replace("bi16", "bf16")
+    return f"{dtype}[{', '.join(map(str, value.shape))}]"
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line` of the user's model where the node was made, from its stack trace; "" when unknown."""
+    for line in reversed((node.meta.get("stack_trace") or node.stack_trace or "").splitlines()):
+        line = line.strip()
+        if line.startswith("File ") and "/torch/nn/modules/" not in line:
+            path, number = line.split(",")[:2]
+            return f"{path[6:-1]}:{number.split()[-1]}"
+    return ""
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that made the node; "" at top level."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return str(paths[-1]).removeprefix("L['self'].").removeprefix("L__self___") if paths else ""

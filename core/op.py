@@ -1,0 +1,85 @@
+"""What an op is: one object that says all that is known of it, defined in one file of `kernels/`.
+
+An op in a graph is a `torch.library` op `tamis::NAME` with its reference as implementation on every device and a shape
+rule for tracing.  Lowering replaces it: by its reference inlined as ATen on CPU, by its Triton twin on CUDA (`triton`,
+not there yet), by a model-local function in ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+NAMESPACE = "tamis"
+
+
+@dataclass(frozen=True)
+class OnnxCall:
+    """One call of a model-local ONNX function in domain `tamis`.
+
+    function    an `onnxscript` function whose body uses standard ops only (opset 18 or newer)
+    inputs      in order: tensors; counts (int or SymInt), which become int64 scalars; lists of int, int64 vectors
+    attributes  plain ints, floats and strings
+    """
+
+    function: Any
+    inputs: list[Any]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Everything known of one op.
+
+    name       `tamis::name`
+    schema     arguments and results in torch.library's language, without the name
+    reference  the definition in torch: deterministic, float32 arithmetic, calls torch only; traceable by make_fx with
+               symbolic shapes (no branch on data)
+    fake       shape rule: same arguments, empty results
+    onnx       same arguments -> OnnxCall
+    flops      same arguments (tensors as shapes) -> floating point operations, multiply and add counted as two
+    samples    argument tuples that the generic tests run: reference, fake, ONNX, and later Triton, must agree on them
+    triton     launcher for CUDA tensors; None until the op has one
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    onnx: Callable[..., OnnxCall]
+    flops: Callable[..., int]
+    samples: Callable[[], Iterable[tuple[Any, ...]]]
+    triton: Callable[..., Any] | None = None
+
+    @property
+    def qualified(self) -> str:
+        """The name as torch.library knows it."""
+        return f"{NAMESPACE}::{self.name}"
+
+    @property
+    def call(self) -> Any:
+        """The callable `torch.ops.tamis.NAME.default`."""
+        import torch
+
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+
+OPS: dict[str, Op] = {}
+_LIBRARY: list[Any] = []
+
+
+def define_op(op: Op) -> Op:
+    """Register the op with torch.library, its FLOPs with torch's flop counter, and list it in OPS."""
+    import torch
+    from torch.utils.flop_counter import register_flop_formula
+
+    if not _LIBRARY:
+        _LIBRARY.append(torch.library.Library(NAMESPACE, "DEF"))
+    library = _LIBRARY[0]
+    library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(op.qualified, op.fake, lib=library)
+    register_flop_formula(getattr(torch.ops.tamis, op.name))(op.flops)
+    OPS[op.name] = op
+    return op

@@ -1,0 +1,251 @@
+"""`Pass`, what it reports (`Outcome`), the registry of passes, their text form, and the pipeline that runs them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter, UnknownPass
+from .graph import TokenGraph
+
+SPELLINGS = {  # what other tools call the fraction, and whether they mean the part that is removed
+    "ratio": True,
+    "compression_ratio": True,
+    "pruning_rate": True,
+    "pruning_ratio": True,
+    "prune_ratio": True,
+    "merge_ratio": True,
+    "keep_rate": False,
+    "retention_ratio": False,
+    "keep": False,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did at one place: applied, or skipped with the reason.
+
+    layer, site  indices in the graph (None: the whole model);  before, after  token counts, numbers or symbol names
+    """
+
+    pass_name: str
+    layer: int | None
+    site: str
+    applied: bool
+    reason: str = ""
+    before: Any = None
+    after: Any = None
+
+    def __str__(self) -> str:
+        what = f"{self.before} -> {self.after} tokens" if self.applied else f"skipped: {self.reason}"
+        return f"{self.pass_name} at layer {self.layer}: {what}{f' ({self.reason})' if self.applied and self.reason else ''}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten graph and the outcome at every candidate place."""
+
+    graph: TokenGraph
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Derived, never claimed: true when any place was changed."""
+        return any(outcome.applied for outcome in self.outcomes)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite.  Subclasses are frozen dataclasses; their fields are their parameters in Python, text and YAML."""
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = "other"
+
+    @abstractmethod
+    def apply(self, graph: TokenGraph) -> Result:
+        """Rewrite the graph (never in place)."""
+
+    def why_not(self, graph: TokenGraph) -> str:
+        """Why this pass cannot apply anywhere in the graph; "" when it can."""
+        return ""
+
+    @classmethod
+    def apply_together(cls, passes: Sequence[Pass], graph: TokenGraph) -> Result:
+        """Apply neighbours of one family; families whose passes share one rewrite override this."""
+        outcomes: list[Outcome] = []
+        for one in passes:
+            result = one.apply(graph)
+            graph, outcomes = result.graph, [*outcomes, *result.outcomes]
+        return Result(graph, tuple(outcomes))
+
+    def __str__(self) -> str:
+        shown = (
+            f"{f.name}={_show(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != _default(f)
+        )
+        parameters = ",".join(shown)
+        return f"{self.name}:{parameters}" if parameters else self.name
+
+
+P = TypeVar("P", bound=type[Pass])
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: make a pass available by its kebab-case name."""
+
+    def add(cls: P) -> P:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def registered_passes() -> dict[str, type[Pass]]:
+    """Every known pass by name, those of installed plug-ins (entry points `tamis.passes`) included."""
+    from importlib import import_module
+    from importlib.metadata import entry_points
+
+    import_module("tamis.passes")
+    for entry in entry_points(group="tamis.passes"):
+        entry.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The pass called `name`; raises UnknownPass with the nearest names."""
+    known = registered_passes()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=2)
+    raise UnknownPass(name=name, nearest=f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def build_pass(name: str, parameters: dict[str, Any]) -> Pass:
+    """A pass from its name and parameters; wrong names of parameters are answered with the right ones."""
+    cls = find_pass(name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for parameter, value in parameters.items():
+        if parameter not in known:
+            raise UnknownParameter(where=name, name=parameter, **_advice(parameter, value, known))
+    try:
+        return cls(**parameters)
+    except (TypeError, ValueError) as error:
+        raise BadParameter(where=name, name="parameters", rule="complete", got=str(error), hint=f"it takes {', '.join(known)}.") from error
+
+
+def parse_passes(passes: str | Pass | dict[str, Any] | Iterable[Any]) -> list[Pass]:
+    """Passes from text (`tome:r=13 + evit:keep_ratio=0.7`), objects, dicts (`{"tome": {"r": 13}}`) or a list of these."""
+    if isinstance(passes, Pass):
+        return [passes]
+    if isinstance(passes, str):
+        return [_parse_one(part.strip()) for part in _split(passes, "+")]
+    if isinstance(passes, dict):
+        return [build_pass(name, parameters or {}) for name, parameters in passes.items()]
+    return [parsed for one in passes for parsed in parse_passes(one)]
+
+
+def _parse_one(text: str) -> Pass:
+    if not re.fullmatch(r"[A-Za-z][\w-]*(:.*)?", text, re.DOTALL):
+        raise BadPassText(text=text, reason="it does not start with a name")
+    name, _, rest = text.partition(":")
+    parameters: dict[str, Any] = {}
+    for item in filter(None, map(str.strip, _split(rest, ","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BadPassText(text=text, reason=f"{item!r} is not key=value")
+        parameters[key.strip()] = _value(value.strip())
+    return build_pass(name, parameters)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _value(text: str) -> Any:
+    lowered = {"true": True, "false": False, "none": None, "on": True, "off": False, "yes": True, "no": False}
+    if text.lower() in lowered:
+        return lowered[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _show(value: Any) -> str:
+    return {True: "true", False: "false", None: "none"}[value] if isinstance(value, bool | None) else str(value).replace(" ", "")
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _advice(parameter: str, value: Any, known: list[str]) -> dict[str, str]:
+    if parameter in SPELLINGS and "keep_ratio" in known:
+        kept = round(1 - value, 6) if SPELLINGS[parameter] and isinstance(value, int | float) else value
+        return {"nearest": "", "hint": f"write keep_ratio={kept}; keep_ratio is the fraction kept, everywhere in tamis."}
+    near = difflib.get_close_matches(parameter, known, n=1)
+    return {"nearest": f"; did you mean {near[0]}?" if near else "", "hint": f"it takes {', '.join(known)}."}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order.  Neighbours of one family run as one rewrite, so that their plans compose."""
+
+    passes: tuple[Pass, ...] = field(default_factory=tuple)
+
+    @staticmethod
+    def parse(passes: Any) -> Pipeline:
+        """Build from anything `parse_passes` reads."""
+        return Pipeline(tuple(parse_passes(passes)))
+
+    def run(self, graph: TokenGraph, *, allow_noop: bool = False) -> Result:
+        """Apply all passes; raises NothingChanged when one of them changed nothing, unless allow_noop."""
+        outcomes: list[Outcome] = []
+        for family in self._families():
+            try:
+                result = type(family[0]).apply_together(family, graph)
+            except Exception as error:
+                done = ", ".join(str(p) for p in self.passes[: self.passes.index(family[0])])
+                if done:
+                    error.add_note(f"passes before: {done}")
+                raise
+            graph, outcomes = result.graph, [*outcomes, *result.outcomes]
+        if not allow_noop:
+            self._require_effect(outcomes)
+        return Result(graph, tuple(outcomes))
+
+    def _families(self) -> list[list[Pass]]:
+        groups: list[list[Pass]] = []
+        for one in self.passes:
+            if groups and groups[-1][0].family == one.family != "other":
+                groups[-1].append(one)
+            else:
+                groups.append([one])
+        return groups
+
+    def _require_effect(self, outcomes: list[Outcome]) -> None:
+        for one in dict.fromkeys(map(str, self.passes)):
+            own = [o for o in outcomes if o.pass_name == one]
+            if not any(o.applied for o in own):
+                reasons = dict.fromkeys(f"  layer {o.layer}: {o.reason}" if o.layer is not None else f"  {o.reason}" for o in own)
+                raise NothingChanged(passes=one, reasons="\n".join(reasons) or "  no candidate place was found")
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.passes))

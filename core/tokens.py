@@ -1,0 +1,107 @@
+"""What a method sees (`Tokens`) and what it answers (`Plan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .counts import CountRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Count = Any  # int, or SymInt where the token count is not known before the run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every token of a cut goes: the one currency of token reduction.
+
+    slot    [B, N]   int64   output slot of each input token; -1: dropped (or padding)
+    leader  [B, N']  int64   the input token that stands for each slot: its position, mask and angle are the slot's;
+                             0 at slots that are not valid
+    moved   [B, E]   int64   tokens merged into a slot that another token leads, ascending; None: nothing is merged.
+                             E is the largest number any row can need; unused entries repeat a leader and weigh nothing
+    out              count   N'
+    weight  [B, N]   float32 weight of each token in its slot's sum; None: 1
+    normalize        bool    divide by the slot's weight (a mean) or not (a sum, as EViT's fused token)
+    valid   [B, N']  bool    slots that hold a token; None: all do
+    sizes   [B, N']  float32 original tokens in each slot; None: reduction of the sizes before (merged ones add up)
+    drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
+    """
+
+    slot: Tensor
+    leader: Tensor
+    out: Count
+    moved: Tensor | None = None
+    weight: Tensor | None = None
+    normalize: bool = True
+    valid: Tensor | None = None
+    sizes: Tensor | None = None
+    drops: bool = False
+
+
+@dataclass
+class Attention:
+    """Statistics of the attention just passed, computed on demand from q and k, never from an N x N matrix.
+
+    Rows are softmax(q k^T * scale + bias) in float32, with the padding and size bias that the attention itself had.
+    """
+
+    rows_of: Callable[[Tensor], Tensor]  # query rows [B, H, R, D] -> probabilities [B, H, R, N]
+    queries: Tensor
+
+    def cls_row(self) -> Tensor:
+        """Attention of the class token (token 0) to every token.  -> [B, H, N] float32."""
+        return self.rows_of(self.queries[:, :, :1])[:, :, 0]
+
+
+@dataclass
+class Tokens:
+    """The stream at a cut, as a method sees it.  Shapes: B batch, N tokens, C channels, H heads, D head size.
+
+    Tensors that cost a graph node are made when first asked for.  `prefix` counts the protected leading *real* tokens
+    of each row (under left padding the class token is not at index 0, but it is the first real token).
+    """
+
+    hidden: Tensor  # [B, N, C]
+    rule: CountRule  # how many leave, in force at this layer
+    out: Count  # tokens after the reduction
+    prefix: int
+    layer: int  # 0-based index of the layer in the model
+    layers: int  # layers in the model
+    sizes: Tensor | None = None  # [B, N] float32, None: all 1
+    valid: Tensor | None = None  # [B, N] bool, None: no padding
+    source: Tensor | None = None  # [B, N0] int64, slot of every original token; None: nothing moved yet
+    grid: tuple[int, int] | None = None  # rows, columns of the patch tokens, where known
+    _tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    _attention: Callable[[], Attention] | None = field(default=None, repr=False)
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """[B, H, N, D], as attention used them (after query norm and rotation)."""
+        return self._tensors["queries"]()
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[B, H, N, D], as attention used them (after key norm and rotation)."""
+        return self._tensors["keys"]()
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[B, H, N, D]."""
+        return self._tensors["values"]()
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[B, N] int64: rank of each token's leader among the row's original real tokens."""
+        return self._tensors["positions"]()
+
+    @property
+    def attention(self) -> Attention:
+        """Statistics of the attention site just passed."""
+        if self._attention is None:
+            raise AttributeError("this cut comes before the layer's attention")
+        return self._attention()
