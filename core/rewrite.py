@@ -32,6 +32,7 @@ class Outcome:
     """What a pass did at one place: applied, or skipped with the reason.
 
     layer, site  indices in the graph (None: the whole model);  before, after  token counts, numbers or symbol names
+    rule         the CountRule in force, with which a report predicts counts that depend on the input's length
     """
 
     pass_name: str
@@ -41,10 +42,27 @@ class Outcome:
     reason: str = ""
     before: Any = None
     after: Any = None
+    rule: Any = None
 
     def __str__(self) -> str:
         what = f"{self.before} -> {self.after} tokens" if self.applied else f"skipped: {self.reason}"
         return f"{self.pass_name} at layer {self.layer}: {what}{f' ({self.reason})' if self.applied and self.reason else ''}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for a whole pipeline.
+
+    restore    outputs with a token axis get their full length back
+    token_map  the program returns (outputs, token_map): for every original token the slot it is in at the end, -1 if
+               it was dropped; int64 [B, N]
+    symbolic_counts  token counts enter the graph as symbols even where they are known, so that Inductor generates one
+               kernel for all layers
+    """
+
+    restore: bool = True
+    token_map: bool = False
+    symbolic_counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Pass(ABC):
     family: ClassVar[str] = "other"
 
     @abstractmethod
-    def apply(self, graph: TokenGraph) -> Result:
+    def apply(self, graph: TokenGraph, options: Options) -> Result:
         """Rewrite the graph (never in place)."""
 
     def why_not(self, graph: TokenGraph) -> str:
@@ -76,11 +94,11 @@ class Pass(ABC):
         return ""
 
     @classmethod
-    def apply_together(cls, passes: Sequence[Pass], graph: TokenGraph) -> Result:
+    def apply_together(cls, passes: Sequence[Pass], graph: TokenGraph, options: Options) -> Result:
         """Apply neighbours of one family; families whose passes share one rewrite override this."""
         outcomes: list[Outcome] = []
         for one in passes:
-            result = one.apply(graph)
+            result = one.apply(graph, options)
             graph, outcomes = result.graph, [*outcomes, *result.outcomes]
         return Result(graph, tuple(outcomes))
 
@@ -215,12 +233,24 @@ class Pipeline:
         """Build from anything `parse_passes` reads."""
         return Pipeline(tuple(parse_passes(passes)))
 
-    def run(self, graph: TokenGraph, *, allow_noop: bool = False) -> Result:
-        """Apply all passes; raises NothingChanged when one of them changed nothing, unless allow_noop."""
+    def run(
+        self,
+        graph: TokenGraph,
+        *,
+        allow_noop: bool = False,
+        restore: bool = True,
+        token_map: bool = False,
+        symbolic_counts: bool = False,
+    ) -> Result:
+        """Apply all passes; raises NothingChanged when one of them changed nothing, unless allow_noop.
+
+        The other keywords are those of `Options`.
+        """
+        options = Options(restore, token_map, symbolic_counts)
         outcomes: list[Outcome] = []
         for family in self._families():
             try:
-                result = type(family[0]).apply_together(family, graph)
+                result = type(family[0]).apply_together(family, graph, options)
             except Exception as error:
                 done = ", ".join(str(p) for p in self.passes[: self.passes.index(family[0])])
                 if done:

@@ -1,0 +1,59 @@
+"""Plans from decisions: what methods call once they have a metric or a score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels as kernels  # registers the ops
+from ..tokens import Plan, Tokens
+
+
+def match_plan(tokens: Tokens, metric: Tensor) -> Plan:
+    """Merge the most similar pairs of a bipartite split (ToMe card 1.2); metric [B, N, D], cosine similarity."""
+    slot, leader, moved = torch.ops.tamis.bipartite_match(
+        metric, tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat()
+    )
+    return Plan(slot, leader, tokens.out, moved, weight=tokens.sizes, valid=next_valid(tokens))
+
+
+def keep_plan(
+    tokens: Tokens, scores: Tensor, *, order: str = "original", fuse_weight: Tensor | None = None, normalize: bool = False
+) -> Plan:
+    """Keep the tokens of highest score [B, N]; the others are dropped, or fused into one token with `fuse_weight` [B, N].
+
+    order      "original" keeps the tokens' order, "score" sorts them by falling score
+    normalize  divide the fused token by the sum of its weights
+    """
+    fuse = fuse_weight is not None
+    slot, leader, moved = torch.ops.tamis.select_tokens(
+        scores, tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat(), order, fuse
+    )
+    if not fuse:
+        return Plan(slot, leader, tokens.out, valid=next_valid(tokens), drops=True)
+    return Plan(
+        slot,
+        leader,
+        tokens.out,
+        moved,
+        weight=_kept_weigh_one(tokens, slot, fuse_weight),
+        normalize=normalize,
+        valid=next_valid(tokens),
+    )
+
+
+def next_valid(tokens: Tokens) -> Tensor | None:
+    """[B, N'] which slots hold tokens after the reduction; None without padding."""
+    if tokens.valid is None:
+        return None
+    real = tokens.rule.out(tokens.valid.sum(1, dtype=torch.int64))
+    return torch.arange(tokens.out, device=tokens.hidden.device).unsqueeze(0) < real.unsqueeze(1)
+
+
+def _kept_weigh_one(tokens: Tokens, slot: Tensor, weight: Tensor | None) -> Tensor:
+    """The fused token sums with its weights; a kept token is itself."""
+    assert weight is not None
+    n = tokens.hidden.shape[1] if tokens.valid is None else tokens.valid.sum(1, dtype=torch.int64).unsqueeze(1)
+    out = tokens.rule.out(n)
+    fused = (slot == out - 1) & (tokens.rule.removed(n) > 0)
+    return torch.where(fused, weight.float(), 1.0)

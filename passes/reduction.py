@@ -1,0 +1,146 @@
+"""`TokenReduction`: the base of every method that prunes, merges or pools tokens.
+
+A method is a frozen dataclass with one function, `plan`, on plain tensors.  The compiler traces it and splices it in at
+the cut the method names.  This base turns `r`, `keep_ratio` and `layers` into a count rule per layer.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..counts import ALL, CountRule, Term, at_most, keep_at_least
+from ..errors import BadParameter
+from ..graph import TokenGraph
+from ..rewrite import Options, Pass, Result
+from ..schedule import Schedule
+from ..tokens import Plan, Tokens
+
+KEEP_ONE: Term = (1, -1, 1)
+
+
+@dataclass(frozen=True)
+class TokenReduction(Pass):
+    """Fewer tokens from some layers on.
+
+    Args:
+        r: tokens removed per layer, a number or a Schedule in any of its forms.
+        keep_ratio: fraction of the unprotected tokens kept at each chosen layer, in (0, 1]; give this or `r`.
+        layers: layer indices (0-based, negative from the end); None: the method's own choice.
+    """
+
+    where: ClassVar[str] = "after_attention"  # before_attention, after_attention or after_block
+    needs_class_token: ClassVar[bool] = False
+    limit: ClassVar[Term] = KEEP_ONE  # the most that a method can remove at one layer
+    added: ClassVar[int] = 0
+    family: ClassVar[str] = "reduction"
+
+    r: Any = None
+    keep_ratio: Any = None
+    layers: Any = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if (self.r is None) == (self.keep_ratio is None):
+            got = "neither" if self.r is None else "both"
+            raise BadParameter(
+                where=self.name, name="r or keep_ratio", rule="given, one of them", got=got, hint="for example r=8."
+            )
+        for name, check, rule, hint in (
+            ("r", lambda v: isinstance(v, int) and v >= 0, "whole numbers >= 0", "r is tokens removed per layer."),
+            ("keep_ratio", lambda v: 0 < v <= 1, "in (0, 1]", "keep_ratio is the fraction kept; 0.3 removes 70%."),
+        ):
+            if getattr(self, name) is None:
+                continue
+            schedule = Schedule.of(getattr(self, name), where=self.name, name=name)
+            if not all(map(check, schedule.amounts())):
+                raise BadParameter(where=self.name, name=name, rule=rule, got=schedule, hint=hint)
+            object.__setattr__(self, name, schedule)
+        object.__setattr__(self, "layers", _read_layers(self.layers, self.name))
+
+    @abstractmethod
+    def plan(self, tokens: Tokens) -> Plan:
+        """Decide where each token goes.  Traced: plain torch, no branch on data."""
+
+    @property
+    def tracks_sizes(self) -> bool:
+        """Whether later attention gets the log-size bias (proportional attention)."""
+        return False
+
+    def default_layers(self, layers: int) -> Sequence[int]:
+        """Layers used when the user chose none."""
+        return range(layers)
+
+    def selected(self, layers: int) -> list[int]:
+        """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
+        chosen = self.default_layers(layers) if self.layers is None else self.layers
+        for layer in chosen:
+            if not -layers <= layer < layers:
+                raise BadParameter(
+                    where=self.name, name="layers", rule=f"between 0 and {layers - 1}", got=layer, hint=f"the model has {layers} layers."
+                )
+        return sorted({layer % layers for layer in chosen})
+
+    def amount(self, layer: int, layers: int) -> int | float:
+        """r or keep_ratio at a selected layer (a per-layer table speaks of the model's layers, other forms of the selected)."""
+        schedule: Schedule = self.keep_ratio if self.r is None else self.r
+        selected = self.selected(layers)
+        if schedule.kind == "table":
+            table = dict(schedule.values)
+            return table.get(layer, 1 if self.r is None else 0)
+        return schedule.at(selected.index(layer), len(selected))
+
+    def rule(self, layer: int, layers: int, prefix: int) -> CountRule:
+        """How many tokens leave at a selected layer."""
+        amount = self.amount(layer, layers)
+        term = keep_at_least(amount) if self.r is None else at_most(int(amount))
+        return CountRule(prefix, (term, self.limit), self.added)
+
+    def why_not(self, graph: TokenGraph) -> str:
+        """Why this method cannot run on the graph; "" when it can."""
+        if not graph.layers:
+            return str(graph.why_no_stream or "no token stream was found")
+        if self.needs_class_token and not graph.class_token:
+            return "it scores tokens by the class token's attention, and this model has no class token"
+        if any(graph.sites[layer.site].mask.kind == "causal" or graph.sites[layer.site].causal for layer in graph.layers):
+            return "attention is causal; removing tokens would change what later tokens may see"
+        if all(layer.cut(self.where) is None for layer in graph.layers):
+            return f"no layer has a place {self.where.replace('_', ' ')}"
+        return ""
+
+    def apply(self, graph: TokenGraph, options: Options) -> Result:
+        """Rewrite with this method alone."""
+        return self.apply_together([self], graph, options)
+
+    @classmethod
+    def apply_together(cls, passes: Sequence[Pass], graph: TokenGraph, options: Options) -> Result:
+        """Rewrite with all methods in one re-execution: their plans compose."""
+        from .reduce import reduce_tokens_of
+
+        return reduce_tokens_of(graph, [one for one in passes if isinstance(one, TokenReduction)], options)
+
+
+def quarter_layers(layers: int) -> list[int]:
+    """After a quarter, a half and three quarters of the layers: 3, 6, 9 of 12 (the published pruning places)."""
+    return sorted({layers * k // 4 for k in (1, 2, 3)})
+
+
+def most_removable(rule: CountRule, tokens: int) -> int:
+    """The most that the method's own limit (its last term) lets leave `tokens` tokens."""
+    return max(0, CountRule(rule.prefix, rule.terms[-1:]).removed(tokens))
+
+
+def _read_layers(layers: Any, where: str) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        return (layers,)
+    if isinstance(layers, Sequence) and not isinstance(layers, str) and all(isinstance(x, int) for x in layers) and layers:
+        return tuple(layers)
+    if isinstance(layers, range):
+        return tuple(layers)
+    raise BadParameter(where=where, name="layers", rule="a list of layer indices", got=repr(layers), hint="for example layers=[3,6,9].")
+
+
+__all__ = ["ALL", "TokenReduction", "most_removable", "quarter_layers"]
