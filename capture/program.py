@@ -1,0 +1,144 @@
+"""`rebuild`: the one place that makes an `ExportedProgram` out of a changed graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export import graph_signature as gs
+from torch.utils import _pytree as pytree
+
+
+def rebuild(
+    program: ExportedProgram,
+    graph_module: fx.GraphModule,
+    *,
+    output_names: Sequence[str] | None = None,
+    out_spec: pytree.TreeSpec | None = None,
+) -> ExportedProgram:
+    """A program that computes `graph_module` and shares everything else with `program`.
+
+    Args:
+        program: where weights, constants, example inputs and the signature come from; it is not changed.
+        graph_module: the new graph, lifted as an exported one is.  Its placeholders have the names and the order of
+            the program's; its outputs are the program's in their order, further user outputs may follow.  The graph
+            belongs to the result afterwards.
+        output_names: names of the output nodes; read from the output node when None.  A place of a constant output
+            is ignored.
+        out_spec: how user outputs are packed for the caller; needed when outputs were added, else the program's.
+
+    Raises:
+        ValueError: placeholders differ, outputs were removed, or outputs were added without `out_spec`.
+        torch._export.verifier.SpecViolationError: the graph is not a valid program.
+    """
+    signature = gs.ExportGraphSignature(
+        input_specs=_input_specs(program, graph_module.graph),
+        output_specs=_output_specs(program, graph_module.graph, output_names, out_spec),
+    )
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=_ranges(program, graph_module.graph),
+        module_call_graph=_calls(program, out_spec),
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def copied(program: ExportedProgram) -> fx.GraphModule:
+    """A copy of the program's graph module that may be changed: nodes are new, tensors and submodules are shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(program.graph, val_map := {}, return_output_node=True)  # type: ignore[var-annotated]
+    assert output is not None
+    value, original = output
+    graph.output(value).meta.update(original.meta)
+    for old, new in val_map.items():
+        new.meta = copy.copy(old.meta)
+    result = fx.GraphModule(program.graph_module, graph)
+    result.meta.update(program.graph_module.meta)
+    return result
+
+
+def _input_specs(program: ExportedProgram, graph: fx.Graph) -> list[gs.InputSpec]:
+    specs = program.graph_signature.input_specs
+    expected = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    got = [node.name for node in graph.nodes if node.op == "placeholder"]
+    if got != expected:
+        odd = next((pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]), (len(got), len(expected)))
+        raise ValueError(f"placeholders must keep their names and order: got {odd[0]}, expected {odd[1]}")
+    return [copy.copy(spec) for spec in specs]
+
+
+def _output_specs(
+    program: ExportedProgram, graph: fx.Graph, names: Sequence[str] | None, out_spec: pytree.TreeSpec | None
+) -> list[gs.OutputSpec]:
+    values = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    before = program.graph_signature.output_specs
+    if len(values) < len(before):
+        raise ValueError(f"the graph has {len(values)} outputs, the program {len(before)}: outputs cannot be removed")
+    if len(values) > len(before) and out_spec is None:
+        raise ValueError(f"{len(values) - len(before)} outputs were added: out_spec must say how they are packed")
+    names = names or [getattr(value, "name", "") for value in values]
+    kinds = [(spec.kind, spec.target) for spec in before]
+    kinds += [(gs.OutputKind.USER_OUTPUT, None)] * (len(values) - len(before))
+    return [
+        gs.OutputSpec(kind, _argument(value, name), target)
+        for (kind, target), value, name in zip(kinds, values, names, strict=True)
+    ]
+
+
+def _argument(value: Any, name: str) -> Any:
+    if not isinstance(value, fx.Node):
+        return gs.ConstantArgument(name="", value=value)
+    match value.meta.get("val"):
+        case bool() | torch.SymBool():
+            return gs.SymBoolArgument(name)
+        case int() | torch.SymInt():
+            return gs.SymIntArgument(name)
+        case float() | torch.SymFloat():
+            return gs.SymFloatArgument(name)
+        case _:
+            return gs.TensorArgument(name)
+
+
+def _ranges(program: ExportedProgram, graph: fx.Graph) -> dict[Any, Any]:
+    """The program's constraints and the ranges of symbols that only the new graph has (token counts)."""
+    ranges = dict(program.range_constraints)
+    known = _symbol_ranges(graph)
+    for symbol in _symbols(graph):
+        if symbol not in ranges and symbol in known:
+            ranges[symbol] = known[symbol]
+    return ranges
+
+
+def _symbols(graph: fx.Graph) -> set[Any]:
+    found: set[Any] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for one in value if isinstance(value, list | tuple) else (value,):
+            for size in getattr(one, "shape", (one,)):
+                if isinstance(size, torch.SymInt):
+                    found |= size.node.expr.free_symbols
+    return found
+
+
+def _symbol_ranges(graph: fx.Graph) -> dict[Any, Any]:
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return getattr(mode.shape_env, "var_to_range", {})
+    return {}
+
+
+def _calls(program: ExportedProgram, out_spec: pytree.TreeSpec | None) -> list[Any]:
+    calls = copy.deepcopy(program.module_call_graph)
+    if out_spec is not None:
+        calls[0].signature.out_spec = out_spec
+    return calls
