@@ -51,11 +51,11 @@ class Attention:
     """
 
     rows_of: Callable[[Tensor], Tensor]  # query rows [B, H, R, D] -> probabilities [B, H, R, N]
-    queries: Tensor
+    class_query: Callable[[], Tensor]  # [B, H, 1, D], of each row's first real token
 
     def cls_row(self) -> Tensor:
-        """Attention of the class token (token 0) to every token.  -> [B, H, N] float32."""
-        return self.rows_of(self.queries[:, :, :1])[:, :, 0]
+        """Attention of the class token (the first real token) to every token.  -> [B, H, N] float32."""
+        return self.rows_of(self.class_query())[:, :, 0]
 
 
 @dataclass
