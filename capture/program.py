@@ -34,18 +34,31 @@ def rebuild(
     Raises:
         ValueError: placeholders differ, outputs were removed, or outputs were added without `out_spec`.
         torch._export.verifier.SpecViolationError: the graph is not a valid program.
+
     """
     signature = gs.ExportGraphSignature(
         input_specs=_input_specs(program, graph_module.graph),
         output_specs=_output_specs(program, graph_module.graph, output_names, out_spec),
     )
+    ranges = _ranges(program, graph_module.graph)
+    return _construct(program, graph_module, signature, ranges, _calls(program, out_spec))
+
+
+def with_ranges(program: ExportedProgram, ranges: dict[Any, Any]) -> ExportedProgram:
+    """The same program with other range constraints (symbol -> ValueRanges); graph and weights are shared."""
+    return _construct(program, program.graph_module, program.graph_signature, ranges, program.module_call_graph)
+
+
+def _construct(
+    program: ExportedProgram, graph_module: fx.GraphModule, signature: Any, ranges: Any, calls: Any
+) -> ExportedProgram:
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
         graph_signature=signature,
         state_dict=program.state_dict,
-        range_constraints=_ranges(program, graph_module.graph),
-        module_call_graph=_calls(program, out_spec),
+        range_constraints=ranges,
+        module_call_graph=calls,
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
