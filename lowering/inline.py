@@ -1,0 +1,60 @@
+"""`inline_ops`: a program without tamis ops, each replaced by its reference as ATen.
+
+This is what runs on CPU, eager or through Inductor: no Python op may reach AOTInductor, which refuses them.
+
+    %count = tamis.token_count(%x, 1, 1, [0, 0, 13, 1])      ->  %n = sym_size(%x, 1); %count = n - ... (plain integers)
+    %out = tamis.reduce_tokens(%x, %slot, %leader, ...)      ->  the nodes its reference traces to
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from ..capture.program import copied, rebuild
+from ..counts import CountRule
+from .splice import fake_mode_of, op_of, splice
+
+
+def inline_ops(program: ExportedProgram) -> ExportedProgram:
+    """The same program with every tamis op replaced by its reference and dead nodes removed.
+
+    Attention, linear, layer-norm and GELU nodes, names, signature, weights and stack traces are kept; the given
+    program is not changed, and is returned as it is when it holds no tamis op.
+    """
+    if not any(op_of(node) for node in program.graph.nodes):
+        return program
+    module = copied(program)
+    inline_nodes(module.graph)
+    module.graph.eliminate_dead_code()
+    assert not any(op_of(node) for node in module.graph.nodes)
+    module.recompile()
+    return rebuild(program, module)
+
+
+def inline_nodes(graph: fx.Graph) -> None:
+    """Replace the tamis nodes of a graph, in place."""
+    mode = fake_mode_of(graph)
+    for node in list(graph.nodes):
+        op = op_of(node)
+        if op is None:
+            continue
+        if op.name == "token_count":
+            _inline_count(node, mode)
+        else:
+            splice(node, op.reference, mode)
+
+
+def _inline_count(node: fx.Node, mode: Any) -> None:
+    """Integer arithmetic whose result keeps the symbol the count had: expressions of counts must not nest."""
+    kept = {key: node.meta[key] for key in ("val", "unbacked_bindings") if key in node.meta}
+    result = splice(node, count, mode)
+    if isinstance(result, fx.Node):
+        result.meta.update(kept)
+
+
+def count(like: Any, axis: int, prefix: int, rule: list[int]) -> Any:
+    """The tokens that `token_count` counts, on an int or a SymInt."""
+    return CountRule.from_flat(prefix, list(rule)).out(like.shape[axis])
