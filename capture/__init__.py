@@ -1,4 +1,43 @@
-"""tamis.capture."""
+"""From the model in the user's hand to a `TokenGraph`: export, canonical form, analysis."""
 
 if __name__ != "tamis.capture":
     raise ImportError("import tamis.capture, not capture: a second copy would register every op twice")
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..graph import TokenGraph
+
+
+def capture(
+    model: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto", name: str | None = None
+) -> "TokenGraph":
+    """Capture a model: its exported program in canonical form, with attention sites, token stream and cut points.
+
+    Args:
+        model: an `nn.Module` in eval mode, `fx.GraphModule`, `ExportedProgram`, or a path or name (`x.pt2`, `timm:NAME`,
+            `hf:DIR_OR_ID`, `file.py:function`).
+        args, kwargs: example inputs; batch and, for token ids, length become dynamic.  A batch-1 example works.
+        dynamic_shapes: "auto", or as in `torch.export.export`.
+        name: what to call the model in reports.
+
+    Raises:
+        NoAttention, WindowedAttention, NoTokenStream: nothing here has tokens to reduce.
+        TrainingMode, DataDependentControlFlow, CaptureFailed and input errors: see `capture.export` and `.sources`.
+    """
+    from torch.export import ExportedProgram
+
+    from .analysis import analyse, without_full_masks
+    from .canonical import canonicalise
+    from .export import export_module
+    from .sources import resolve
+
+    source = resolve(model, args, kwargs)
+    name = name or source.name
+    program = source.model
+    if not isinstance(program, ExportedProgram):
+        program = export_module(program, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=name)
+    graph = analyse(canonicalise(program), name)
+    without_full_masks(graph.program, graph.sites)
+    return graph

@@ -29,6 +29,7 @@ class Plan:
     normalize        bool    divide by the slot's weight (a mean) or not (a sum, as EViT's fused token)
     valid   [B, N']  bool    slots that hold a token; None: all do
     sizes   [B, N']  float32 original tokens in each slot; None: reduction of the sizes before (merged ones add up)
+    counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
     """
 
@@ -40,6 +41,7 @@ class Plan:
     normalize: bool = True
     valid: Tensor | None = None
     sizes: Tensor | None = None
+    counts_sizes: bool = True
     drops: bool = False
 
 
@@ -74,7 +76,6 @@ class Tokens:
     layers: int  # layers in the model
     sizes: Tensor | None = None  # [B, N] float32, None: all 1
     valid: Tensor | None = None  # [B, N] bool, None: no padding
-    source: Tensor | None = None  # [B, N0] int64, slot of every original token; None: nothing moved yet
     grid: tuple[int, int] | None = None  # rows, columns of the patch tokens, where known
     _tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     _attention: Callable[[], Attention] | None = field(default=None, repr=False)
@@ -98,6 +99,11 @@ class Tokens:
     def positions(self) -> Tensor:
         """[B, N] int64: rank of each token's leader among the row's original real tokens."""
         return self._tensors["positions"]()
+
+    @cached_property
+    def source(self) -> Tensor:
+        """[B, N0] int64: slot that every original token is in at this cut, -1 if it was dropped or is padding."""
+        return self._tensors["source"]()
 
     @property
     def attention(self) -> Attention:

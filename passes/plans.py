@@ -30,7 +30,7 @@ def keep_plan(
         scores, tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat(), order, fuse
     )
     if not fuse:
-        return Plan(slot, leader, tokens.out, valid=next_valid(tokens), drops=True)
+        return Plan(slot, leader, tokens.out, valid=next_valid(tokens), counts_sizes=False, drops=True)
     return Plan(
         slot,
         leader,
@@ -39,6 +39,7 @@ def keep_plan(
         weight=_kept_weigh_one(tokens, slot, fuse_weight),
         normalize=normalize,
         valid=next_valid(tokens),
+        counts_sizes=False,
     )
 
 

@@ -1,0 +1,113 @@
+"""`analyse`: everything a `TokenGraph` knows, from a program in canonical form."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from ..errors import NoAttention, NoTokenStream, TamisError, WindowedAttention
+from ..graph import Site, TokenGraph
+from .masks import ancestors
+from .prefix import find_grid, find_prefix
+from .sites import SDPA, find_sites
+from .stream import find_layers, same
+
+aten = torch.ops.aten
+REGROUPS = (aten.view.default, aten.reshape.default, aten.permute.default, aten.flatten.using_ints)
+
+
+def analyse(program: ExportedProgram, name: str = "model") -> TokenGraph:
+    """Sites, stream, cut points, prefix tokens and grid of a canonical program.
+
+    Raises:
+        NoAttention: there is no attention at all.
+        WindowedAttention: attention runs inside windows of a regrouped batch (Swin).
+        NoTokenStream: no stream of tokens [B, N, C] runs through the attention sites.
+    """
+    sites = find_sites(program)
+    if not sites:
+        raise NoAttention(model=name, looked_for="scaled_dot_product_attention, or matmul-softmax-matmul")
+    sites, layers = find_layers(program.graph, sites)
+    graph = TokenGraph(program, sites, layers, name=name, source_hash=structure_hash(program))
+    if not layers:
+        raise _why_no_stream(graph)
+    start, end = _node(graph, layers[0].before_attention), _node(graph, layers[-1].after_block or layers[-1].after_attention)
+    prefix, class_token = find_prefix(program, start, end)
+    return replace(graph, prefix=prefix, class_token=class_token, grid=find_grid(start, prefix))
+
+
+def without_full_masks(program: ExportedProgram, sites: tuple[Site, ...]) -> bool:
+    """Drop, in place, masks that hide nothing at any length; whether there were any."""
+    changed = False
+    for site in sites:
+        node = next(n for n in program.graph.nodes if n.name == site.node)
+        has_mask = len(node.args) > 3 and node.args[3] is not None
+        if has_mask and site.mask.kind == "full":
+            node.update_arg(3, None)
+            changed = True
+        elif site.mask.kind == "full" and node.kwargs.get("attn_mask") is not None:
+            node.update_kwarg("attn_mask", None)
+            changed = True
+    if changed:
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
+    return changed
+
+
+def structure_hash(program: ExportedProgram) -> str:
+    """sha256 of the graph's ops and of the names, shapes and dtypes of its weights."""
+    digest = hashlib.sha256()
+    for node in program.graph.nodes:
+        digest.update(f"{node.op} {node.target} {[str(a) for a in node.all_input_nodes]}\n".encode())
+    for key, value in program.state_dict.items():
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+    return digest.hexdigest()
+
+
+def _node(graph: TokenGraph, name: str | None) -> fx.Node:
+    assert name is not None
+    return graph.node(name)
+
+
+def _why_no_stream(graph: TokenGraph) -> TamisError:
+    site = graph.sites[0]
+    node = graph.node(site.node)
+    where = f" ({site.source})" if site.source else ""
+    regroup = _regrouped_by(node, graph.program)
+    if regroup is not None:
+        seen = node.args[0].meta["val"].shape[-2]  # type: ignore[union-attr]
+        return WindowedAttention(
+            model=graph.name, sites=len(graph.sites), node=site.module or site.node, where=where, seen=seen, regroup=regroup.name
+        )
+    return NoTokenStream(
+        model=graph.name,
+        sites=len(graph.sites),
+        node=site.module or site.node,
+        where=where,
+        reason=site.reason,
+        hint="tamis looks for x + attention(norm(x)) or norm(x + attention(x)) with x of batch, tokens, channels.",
+    )
+
+
+def _regrouped_by(attention: fx.Node, program: ExportedProgram) -> fx.Node | None:
+    """The reshape that folds windows into the batch of an attention's queries, if one does."""
+    q: Any = attention.args[0]
+    batch = q.meta["val"].shape[0]
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    if not isinstance(batch, torch.SymInt) or any(same(batch, n.meta["val"].shape[0]) for n in inputs if n.meta["val"].dim()):
+        return None
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    chain = sorted((n for n in ancestors(q) | {q} if n.target in REGROUPS), key=order.__getitem__, reverse=True)
+    for node in chain:
+        before = node.args[0].meta["val"].shape[0]  # type: ignore[union-attr]
+        if same(node.meta["val"].shape[0], batch) and not same(before, batch):
+            return node
+    return None
+
+
+__all__ = ["SDPA", "analyse", "structure_hash", "without_full_masks"]

@@ -1,0 +1,91 @@
+"""Prefix tokens, class token and patch grid of a stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from .masks import ancestors, user_inputs
+from .stream import same
+
+aten = torch.ops.aten
+
+
+def find_prefix(program: ExportedProgram, start: fx.Node, end: fx.Node) -> tuple[int, bool]:
+    """Leading tokens that must stay, and whether token 0 is a class token.
+
+    Prefix tokens are those joined in front of the others that do not depend on the user's tensors (class, distillation
+    and register tokens); and token 0 where the model reads it by position after the last layer (BERT's [CLS]).
+    """
+    pieces = _joined(program, start)
+    inputs = set(user_inputs(program))
+    prefix = 0
+    for piece in pieces:
+        if _reads_values(piece, inputs):
+            break
+        prefix += int(piece.meta["val"].shape[1])
+    first_is_single = bool(pieces) and prefix > 0 and int(pieces[0].meta["val"].shape[1]) == 1
+    read = _reads_first_token(end)
+    return max(prefix, int(read)), first_is_single or read
+
+
+def find_grid(start: fx.Node, prefix: int) -> tuple[int, int] | None:
+    """Rows and columns of the patch embedding's output, when they make up all tokens but the prefix."""
+    tokens = start.meta["val"].shape[1]
+    for node in ancestors(start):
+        value = node.meta.get("val")
+        if node.target in (aten.conv2d.default, aten.convolution.default) and isinstance(value, torch.Tensor):
+            rows, columns = value.shape[-2:]
+            if all(isinstance(x, int) for x in (rows, columns, tokens)) and rows * columns == tokens - prefix:
+                return int(rows), int(columns)
+    return None
+
+
+def _joined(program: ExportedProgram, node: fx.Node) -> list[fx.Node]:
+    """The pieces of the concatenation along tokens that makes the stream; [] when there is none."""
+    inputs = set(user_inputs(program))
+    while True:
+        if node.target is aten.cat.default and node.args[1:] == (1,):
+            return list(node.args[0])  # type: ignore[arg-type]
+        shape = node.meta["val"].shape
+        above = [a for a in node.all_input_nodes if _same_tokens(a, shape)]
+        above = [a for a in above if ancestors(a) & inputs or a in inputs]
+        if not above:
+            return []
+        node = above[0]
+
+
+def _same_tokens(node: fx.Node, shape: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 3 and same(value.shape[1], shape[1]) and same(value.shape[0], shape[0])
+
+
+def _reads_values(node: fx.Node, inputs: set[fx.Node]) -> bool:
+    """Whether a node depends on what is in the user's tensors, not only on their sizes."""
+    pending, seen = [node], set()
+    while pending:
+        one = pending.pop()
+        if one in inputs:
+            return True
+        if one not in seen and one.target is not aten.sym_size.int:
+            seen.add(one)
+            pending.extend(one.all_input_nodes)
+    return False
+
+
+def _reads_first_token(end: fx.Node) -> bool:
+    """Whether token 0 of the stream's last state (through norms and slices of other axes) is read by position."""
+    pending, seen = [end], set()
+    while pending:
+        one = pending.pop()
+        for user in one.users:
+            value = user.meta.get("val")
+            if user.target is aten.select.int and user.args[1:] == (1, 0):
+                return True
+            if user not in seen and isinstance(value, torch.Tensor) and value.dim() == 3:
+                seen.add(user)
+                pending.append(user)
+    return False

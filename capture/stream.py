@@ -1,0 +1,133 @@
+"""Finding the token stream: the residual adds around attention and MLP, and the cut points between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import Layer, Site
+from .masks import ancestors
+
+aten = torch.ops.aten
+ADDS = (aten.add.Tensor, aten.add_.Tensor)
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+
+def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
+    """The sites with their roles, and the layers of the stream in order.
+
+    A site is on the stream when its result is added to a value [B, N, C] it was computed from, with the same tokens.
+    """
+    by_name = {node.name: node for node in graph.nodes}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found: list[tuple[Site, Residual]] = []
+    judged: list[Site] = []
+    for site in sites:
+        residual = _residual_add(by_name, order, site)
+        if isinstance(residual, str):
+            judged.append(replace(site, role=_side_role(by_name, site), reason=residual))
+        else:
+            judged.append(replace(site, role="stream"))
+            found.append((site, residual))
+    post_norm = sum(_only_norm(residual.add) is not None for _, residual in found) * 2 > len(found)
+    limits = [order[by_name[site.node]] for site, _ in found[1:]] + [len(order)]
+    layers = [
+        _layer(i, site, residual, post_norm, order, limit)
+        for i, ((site, residual), limit) in enumerate(zip(found, limits, strict=True))
+    ]
+    return tuple(judged), tuple(layers)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The add that closes an attention branch, the stream it adds to, and whether the MLP joined on the way."""
+
+    add: fx.Node
+    stream: fx.Node
+    with_mlp: bool
+
+
+def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: Site) -> Residual | str:
+    """The residual add of a site, or why it has none."""
+    attention, q, k = by_name[site.node], by_name[site.q], by_name[site.k]
+    above = ancestors(q)
+    tokens, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
+    below, joined = {attention}, False
+    for node in sorted(_descendants(attention), key=order.__getitem__):
+        inside = [a for a in node.all_input_nodes if a in below]
+        outside = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in below]
+        if node.target in ADDS and inside and len(outside) == 1 and outside[0] in above:
+            value = outside[0].meta["val"]
+            if value.dim() != 3:
+                return f"its residual {outside[0].name} has {value.dim()} axes, not batch, tokens, channels"
+            if not (same(value.shape[1], tokens) and same(tokens, keys)):
+                return f"queries ({tokens}), keys ({keys}) and residual ({value.shape[1]}) are not the same tokens"
+            if not same(value.shape[0], q.meta["val"].shape[0]):
+                return f"its batch ({q.meta['val'].shape[0]}) is not the stream's ({value.shape[0]})"
+            return Residual(node, outside[0], joined)
+        if node.target in ADDS and inside and outside and outside[0].op != "placeholder":
+            joined = True
+        below.add(node)
+    return "its result is not added to a value it was computed from"
+
+
+def _side_role(by_name: dict[str, fx.Node], site: Site) -> str:
+    tokens, keys = (by_name[name].meta["val"].shape[-2] for name in (site.q, site.k))
+    if same(tokens, keys):
+        return "other"
+    return "pool" if isinstance(tokens, int) and tokens <= 4 else "cross"
+
+
+def _layer(
+    index: int, site: Site, residual: Residual, post_norm: bool, order: dict[fx.Node, int], limit: int
+) -> Layer:
+    state = _settled(residual.add, post_norm)
+    block, parallel = (residual.add, True) if residual.with_mlp else _block_add(state, order, limit)
+    after_block = None if block is None else _settled(block, post_norm).name
+    notes = []
+    if parallel:
+        notes.append("attention and MLP run side by side, so there is no place after attention")
+    if after_block is None:
+        notes.append("no residual add after the MLP was found")
+    return Layer(index, site.index, residual.stream.name, None if parallel else state.name, after_block, tuple(notes))
+
+
+def _settled(add: fx.Node, post_norm: bool) -> fx.Node:
+    """The stream's state after an add: in a post-norm block, behind the norm."""
+    return (_only_norm(add) or add) if post_norm else add
+
+
+def _only_norm(add: fx.Node) -> fx.Node | None:
+    users = [user for user in add.users if user.target is not aten.sym_size.int]
+    return users[0] if len(users) == 1 and users[0].target in NORMS else None
+
+
+def _block_add(state: fx.Node, order: dict[fx.Node, int], limit: int) -> tuple[fx.Node | None, bool]:
+    """The add that closes the block; whether its other summand does not come from `state` (a parallel block)."""
+    adds = [user for user in state.users if user.target in ADDS and order[user] < limit]
+    for add in sorted(adds, key=order.__getitem__):
+        other: Any = add.args[1] if add.args[0] is state else add.args[0]
+        if not isinstance(other, fx.Node) or other.meta["val"].dim() != 3:
+            continue
+        return add, state not in ancestors(other)
+    return None, False
+
+
+def _descendants(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(node.users)
+    while pending:
+        one = pending.pop()
+        if one not in found:
+            found.add(one)
+            pending.extend(one.users)
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same number or the same expression, without adding a guard."""
+    first, second = (x.node.expr if isinstance(x, torch.SymInt) else int(x) for x in (a, b))
+    return bool(first == second)

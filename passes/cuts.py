@@ -1,0 +1,164 @@
+"""What happens at a cut: build the method's view, trace its plan, apply it, remember the outcome."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import MethodFailed, TamisError, TokenShapeConflict, TooManyRemoved
+from ..graph import Layer, Site, TokenGraph, shape_text
+from ..rewrite import Outcome
+from ..tokens import Attention, Plan, Tokens
+from .outputs import token_map
+from .reduction import TokenReduction, most_removable
+from .stream_state import StreamState, take_rows
+from .token_axes import Axes, Restored
+
+if TYPE_CHECKING:
+    from .interpreter import ReductionInterpreter
+
+
+class CutRunner:
+    """Runs the methods placed at the cuts of one graph."""
+
+    def __init__(self, graph: TokenGraph, placed: dict[str, list[tuple[Layer, TokenReduction]]], run: ReductionInterpreter) -> None:
+        self.graph, self.placed, self.interpreter = graph, placed, run
+        self.outcomes: list[Outcome] = []
+        self.last: tuple[str, int] = ("", -1)
+        self.first_hidden: Tensor | None = None
+        self._counted: set[str] = set()
+
+    def at(self, node: fx.Node, value: Any) -> Any:
+        """The value of a node, reduced if methods run at it."""
+        for layer, method in self.placed.get(node.name, ()):
+            value = self._stream_value(node, value)
+            value = self._reduce(node, value, layer, method)
+        return value
+
+    def _stream_value(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The stream at this cut with the current token count; the first cut starts the state."""
+        run, mark = self.interpreter, self.interpreter.marks.get(node)
+        if run.state is None:
+            run.state = StreamState(value.shape[0], value.shape[1], self._valid(), value.device)
+            self.first_hidden = value
+        if isinstance(mark, Restored):
+            return run.state.reduce_all(value)
+        if run.state.plans and (not isinstance(mark, Axes) or mark.dims != (1,) or mark.epoch != run.state.epoch):
+            raise TokenShapeConflict(op="cut", reason="the stream lost its token axis on the way here", **run._where(node))
+        return value
+
+    def _valid(self) -> Tensor | None:
+        """[B, N] bool of real tokens, from the padding mask of the stream's attention; None without one."""
+        for layer in self.graph.layers:
+            mask = self.graph.sites[layer.site].mask
+            if mask.padded and mask.node is not None:
+                live: Tensor = self._live(mask.node)
+                row = live.select(-2, 0)
+                row = row.select(1, 0) if row.dim() == 3 else row
+                return row if row.dtype == torch.bool else row > -1e4
+        return None
+
+    def _live(self, name: str) -> Any:
+        return self.interpreter.env[self.graph.node(name)]
+
+    def _reduce(self, node: fx.Node, hidden: Tensor, layer: Layer, method: TokenReduction) -> Tensor:
+        state, site = self._state, self.graph.sites[layer.site]
+        rule = method.rule(layer.index, len(self.graph.layers), self.graph.prefix)
+        count = state.counts[-1]
+        known = isinstance(count, int)
+        if known:
+            self._check_amount(method, layer, site, count)
+        if known and rule.removed(count) == 0:
+            why = f"nothing can leave: {count} tokens, {self.graph.prefix} of them protected"
+            self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
+            return hidden
+        out = torch.ops.tamis.token_count(hidden, 1, self.graph.prefix, rule.flat())
+        tokens = self._tokens(hidden, rule, out, layer, site)
+        plan = self._plan(method, tokens, layer)
+        if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
+            raise MethodFailed(where=f"layer {layer.index}", method=method, shape=shape_text(hidden), reason="a merging plan without weights would lose the sizes", hint="set Plan.weight=tokens.sizes.")
+        self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
+        reduced = state.reduce(hidden, plan)
+        state.push(plan, size_bias=method.tracks_sizes)
+        self.last = (str(method), layer.index)
+        self.outcomes.append(Outcome(str(method), layer.index, site.node, True, "", _count_text(count), _count_text(out), rule))
+        return reduced
+
+    @property
+    def _state(self) -> StreamState:
+        state = self.interpreter.state
+        assert state is not None
+        return state
+
+    def _check_amount(self, method: TokenReduction, layer: Layer, site: Site, count: int) -> None:
+        """r beyond the tokens is an error at the first layer of a method, clamped later."""
+        if method.r is None or str(method) in self._counted:
+            return
+        self._counted.add(str(method))
+        rule = method.rule(layer.index, len(self.graph.layers), self.graph.prefix)
+        most, r = most_removable(rule, count), int(method.amount(layer.index, len(self.graph.layers)))
+        if r > most:
+            where = f"{method.name} at layer {layer.index} ({site.module or site.node})"
+            raise TooManyRemoved(where=where, r=r, tokens=count, protected=self.graph.prefix, most=most)
+
+    def _plan(self, method: TokenReduction, tokens: Tokens, layer: Layer) -> Plan:
+        try:
+            return method.plan(tokens)
+        except TamisError:
+            raise
+        except Exception as error:
+            raise MethodFailed(
+                where=f"layer {layer.index}",
+                method=method,
+                shape=shape_text(tokens.hidden),
+                reason=f"{type(error).__name__}: {error}",
+                hint="a method is traced: plain torch, no branch on data.",
+            ) from error
+
+    def _tokens(self, hidden: Tensor, rule: Any, out: Any, layer: Layer, site: Site) -> Tokens:
+        state = self._state
+        return Tokens(
+            hidden=hidden,
+            rule=rule,
+            out=out,
+            prefix=self.graph.prefix,
+            layer=layer.index,
+            layers=len(self.graph.layers),
+            sizes=state.sizes,
+            valid=state.valid,
+            grid=self.graph.grid,
+            _tensors={
+                "queries": lambda: self._at_site(site.q),
+                "keys": lambda: self._at_site(site.k),
+                "values": lambda: self._at_site(site.v),
+                "positions": state.positions,
+                "source": lambda: token_map(state, hidden),
+            },
+            _attention=lambda: self._attention(site),
+        )
+
+    def _at_site(self, name: str) -> Tensor:
+        """A tensor [B, H, N, D] of the site just passed, at the current token count."""
+        node, state = self.graph.node(name), self._state
+        value: Tensor = self.interpreter.env[node]
+        mark = self.interpreter.marks.get(node)
+        epoch = mark.epoch if isinstance(mark, Axes) else 0
+        return value if epoch == state.epoch else state.gather(value, 2, 0, epoch)
+
+    def _attention(self, site: Site) -> Attention:
+        state, keys, queries = self._state, self._at_site(site.k), self._at_site(site.q)
+        bias = state.key_bias()
+
+        def class_query() -> Tensor:
+            if state.valid is None or state.plans:
+                return queries[:, :, :1]
+            first = state.valid.to(torch.int64).argmax(1, keepdim=True)
+            return take_rows(queries, first, 2, 0)
+
+        return Attention(lambda rows: torch.ops.tamis.attention_rows(rows, keys, bias, site.scale), class_query)
+
+
+def _count_text(count: Any) -> Any:
+    return count if isinstance(count, int) else str(count)

@@ -1,0 +1,131 @@
+"""Re-execution of one graph with token reductions: every node runs again with live shapes, by its token-axis rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.traceback import set_current_meta
+
+from ..errors import PositionRead, TokenAxisUnsupported, TokenShapeConflict
+from ..graph import TokenGraph, op_name, shape_text, source_line
+from ..rewrite import Options, Outcome
+from .attention_rule import attend
+from .axis_rules import Call, rule_for
+from .axis_rules.indexing import ReadsPosition
+from .cuts import CutRunner
+from .outputs import output_values, restored_output, token_map
+from .stream_state import StreamState
+from .token_axes import RESTORED, Axes, NeedsFullLength, Restored
+
+Mark = Axes | Restored | None
+
+
+class ReductionInterpreter(fx.Interpreter):
+    """Runs the original graph; `marks` says of each live value which axes are token axes."""
+
+    def __init__(self, graph: TokenGraph, placed: Any, options: Options) -> None:
+        super().__init__(graph.program.graph_module, garbage_collect_values=False)
+        self.graph_, self.options = graph, options
+        self.sites = {site.node: site for site in graph.sites}
+        self.cuts = CutRunner(graph, placed, self)
+        self.marks: dict[fx.Node, Mark] = {}
+        self.state: StreamState | None = None
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What happened at every cut."""
+        return self.cuts.outcomes
+
+    def run_all(self, *values: Any) -> list[Any]:
+        """Run the whole graph under tracing."""
+        return super().run(*values)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node by its rule, then reduce if it is a cut."""
+        if n.op == "output":
+            return self._outputs(n)
+        with set_current_meta(n):
+            if not any(self.marks.get(a) for a in n.all_input_nodes):
+                value = super().run_node(n)
+            else:
+                value, self.marks[n] = self._run_marked(n)
+            return self.cuts.at(n, value)
+
+    def _run_marked(self, n: fx.Node) -> tuple[Any, Mark]:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        assert self.state is not None
+        if any(isinstance(self.marks.get(a), Restored) for a in n.all_input_nodes):
+            return self._run_restored(n, "")
+        call = Call(n, args, kwargs, self._axes_of, self.state, self.graph_.prefix)
+        rule = rule_for(n.target)
+        try:
+            if n.name in self.sites:
+                return attend(call, self.sites[n.name])
+            if rule is None:
+                raise NeedsFullLength("tamis has no token-axis rule for this op")
+            return rule(call)
+        except NeedsFullLength as need:
+            return self._run_restored(n, str(need))
+        except ReadsPosition as read:
+            raise PositionRead(position=read.position, prefix=self.graph_.prefix, **self._where(n)) from None
+        except RuntimeError as error:
+            raise TokenShapeConflict(op=op_name(n), reason=str(error).splitlines()[0], **self._where(n)) from error
+
+    def _axes_of(self, arg: Any) -> Axes | None:
+        mark = self.marks.get(arg) if isinstance(arg, fx.Node) else None
+        return mark if isinstance(mark, Axes) else None
+
+    def _run_restored(self, n: fx.Node, reason: str) -> tuple[Any, Mark]:
+        """Run a node on the restored sequence; only merging can be undone."""
+        state = self.state
+        assert state is not None
+        if state.drops or (state.valid is not None and reason):
+            why = reason or "it follows a node that needs every token"
+            raise TokenAxisUnsupported(op=op_name(n), reason=why, **self._where(n))
+
+        def full(arg: fx.Node) -> Any:
+            axes = self._axes_of(arg)
+            return self.env[arg] if axes is None else self._full(arg, axes)
+
+        args = fx.node.map_arg(n.args, full)
+        kwargs = fx.node.map_arg(n.kwargs, full)
+        return n.target(*args, **kwargs), RESTORED  # type: ignore[operator]
+
+    def _full(self, arg: fx.Node, axes: Axes) -> Any:
+        assert self.state is not None
+        value = self.env[arg]
+        if isinstance(value, (list, tuple)):
+            return type(value)(restored_output(v, axes, self.state) for v in value)
+        if axes.batch is None:
+            raise TokenAxisUnsupported(op=op_name(arg), reason="its batch axis is folded away", **self._where(arg))
+        return restored_output(value, axes, self.state)
+
+    def _where(self, n: fx.Node) -> dict[str, Any]:
+        """Fields that every rewriting error has."""
+        first = next((a for a in n.all_input_nodes if self.marks.get(a)), n)
+        live = self.env.get(first)
+        method, layer = self.cuts.last
+        return {
+            "where": source_line(n) or self.graph_.name,
+            "node": n.name,
+            "method": method,
+            "layer": layer,
+            "before": shape_text(first.meta.get("val")),
+            "after": shape_text(live),
+        }
+
+    def _outputs(self, n: fx.Node) -> list[Any]:
+        values = []
+        for node in output_values(n):
+            axes = self._axes_of(node)
+            value = self.env[node] if isinstance(node, fx.Node) else node
+            if axes is not None and self.options.restore:
+                value = self._full(node, axes)
+            values.append(value)
+        if self.options.token_map:
+            values.append(token_map(self.state, self.cuts.first_hidden))
+        return values
+
+

@@ -1,0 +1,55 @@
+"""The signature's side of a reduction: outputs at full length, and the token map as an output of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .stream_state import StreamState
+from .token_axes import Axes
+
+
+def restored_output(value: Any, axes: Axes, state: StreamState) -> Any:
+    """An output with its token axes back at full length; rows of dropped tokens and of padding are zeros."""
+    if axes.batch is None:
+        raise ValueError("an output has its batch axis folded into another axis")
+    for dim in axes.dims:
+        if axes.epoch != state.epoch:
+            value = state.gather(value, dim, axes.batch, axes.epoch, axes.start)
+        value = state.restore(value, dim, axes.batch, axes.start)
+    return value
+
+
+def token_map(state: StreamState | None, hidden: Any) -> torch.Tensor:
+    """[B, N0] int64: for every original token the slot it ends in, -1 if it was dropped or is padding."""
+    if state is not None and state.plans:
+        return state.source()
+    batch, count = hidden.shape[:2]
+    return torch.arange(count, device=hidden.device).unsqueeze(0).expand(batch, count).clone()
+
+
+def with_token_map(program: ExportedProgram) -> TreeSpec:
+    """The output structure (outputs, token_map)."""
+    spec = program.call_spec.out_spec
+    example = tree_unflatten([None] * spec.num_leaves, spec)
+    leaves, _ = tree_flatten((0, 0))
+    return _pair(spec, tree_flatten(leaves[1])[1], example)
+
+
+def _pair(first: TreeSpec, second: TreeSpec, example: Any) -> TreeSpec:
+    _, spec = tree_flatten((_Leaf(), _Leaf()))
+    del example
+    return TreeSpec(spec.type, spec.context, [first, second])
+
+
+class _Leaf:
+    """Stands for one output in a structure."""
+
+
+def output_values(node: fx.Node) -> list[Any]:
+    """The program's outputs in order."""
+    return list(node.args[0])  # type: ignore[arg-type]

@@ -1,0 +1,137 @@
+"""What is known of the token stream while a graph is re-executed: the composed plans and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels as kernels  # registers the ops
+from ..tokens import Plan
+
+
+class StreamState:
+    """Composed reductions of one stream.  Epoch e is the stream after e plans; epoch 0 the original sequence.
+
+    All tensors are traced: every question asked here may add nodes to the graph, each once (answers are kept).
+    """
+
+    def __init__(self, batch: Any, count: Any, valid: Tensor | None, device: torch.device) -> None:
+        self.batch, self.device = batch, device
+        self.counts: list[Any] = [count]  # tokens at every epoch
+        self.plans: list[Plan] = []
+        self.plan_sizes: list[Tensor | None] = []  # sizes before each plan
+        self.valid = valid
+        self.sizes: Tensor | None = None
+        self.size_bias = False
+        self._leaders: dict[int, tuple[int, Tensor]] = {}
+        self._source: tuple[int, Tensor] | None = None
+        self._bias: tuple[int, Tensor | None] | None = None
+        self._first_valid = valid
+
+    @property
+    def epoch(self) -> int:
+        """Reductions so far."""
+        return len(self.plans)
+
+    @property
+    def drops(self) -> bool:
+        """Whether any plan dropped real tokens for good."""
+        return any(plan.drops for plan in self.plans)
+
+    def push(self, plan: Plan, *, size_bias: bool) -> None:
+        """Compose one more plan; `self.sizes` and `self.valid` then speak of its slots."""
+        self.plan_sizes.append(self.sizes)
+        merges = plan.moved is not None and plan.counts_sizes
+        sizes = plan.sizes
+        if sizes is None and (merges or self.sizes is not None):
+            sizes = self._added_up(plan)
+        self.plans.append(plan)
+        self.counts.append(plan.out)
+        self.valid, self.sizes = plan.valid, sizes
+        self.size_bias = self.size_bias or (size_bias and sizes is not None)
+
+    def current_sizes(self) -> Tensor:
+        """[B, N] float32 original tokens per slot, 0 at slots without a token."""
+        if self.sizes is not None:
+            return self.sizes
+        if self.valid is not None:
+            return self.valid.float()
+        return torch.ones(self.batch, self.counts[-1], device=self.device)
+
+    def _added_up(self, plan: Plan) -> Tensor:
+        before = self.current_sizes().unsqueeze(-1)
+        added = torch.ops.tamis.reduce_tokens(before, plan.slot, plan.leader, plan.moved, None, False).squeeze(-1)
+        return added if plan.valid is None else torch.where(plan.valid, added, 0.0)
+
+    def reduce(self, x: Tensor, plan: Plan) -> Tensor:
+        """Apply one plan to [B, N, C]."""
+        return torch.ops.tamis.reduce_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.normalize)
+
+    def reduce_all(self, x: Tensor) -> Tensor:
+        """Apply every plan in order to a [B, N0, C] value of the original length."""
+        for plan in self.plans:
+            x = self.reduce(x, plan)
+        return x
+
+    def leader(self, since: int) -> Tensor:
+        """[B, N] index, at epoch `since`, of the token that leads each slot of now."""
+        done, index = self._leaders.get(since, (since + 1, self.plans[since].leader))
+        for plan in self.plans[done:]:
+            index = index.gather(1, plan.leader)
+        self._leaders[since] = (self.epoch, index)
+        return index
+
+    def source(self) -> Tensor:
+        """[B, N0] slot that every original token is in now; -1: dropped or padding."""
+        done, slot = self._source or (1, self.plans[0].slot)
+        for plan in self.plans[done:]:
+            slot = torch.where(slot >= 0, plan.slot.gather(1, slot.clamp(min=0)), -1)
+        self._source = (self.epoch, slot)
+        return slot
+
+    def positions(self) -> Tensor:
+        """[B, N] int64 rank of each slot's leader among the row's original real tokens."""
+        if self._first_valid is None:
+            ranks = torch.arange(self.counts[0], device=self.device).unsqueeze(0).expand(self.batch, self.counts[0])
+        else:
+            ranks = (self._first_valid.cumsum(1) - 1).clamp(min=0)
+        return ranks.gather(1, self.leader(0)) if self.plans else ranks
+
+    def key_bias(self) -> Tensor | None:
+        """[B, N] float32 added to the logits of each key: log size where tracked, -inf where there is no token."""
+        if self._bias is None or self._bias[0] != self.epoch:
+            self._bias = (self.epoch, self._make_bias())
+        return self._bias[1]
+
+    def _make_bias(self) -> Tensor | None:
+        if self.size_bias and self.sizes is not None:
+            return self.sizes.log()  # sizes are 0 at slots without a token
+        if self.valid is None:
+            return None
+        return torch.where(self.valid, 0.0, float("-inf"))
+
+    def gather(self, x: Tensor, dim: int, batch: int | None, since: int, start: int = 0) -> Tensor:
+        """Bring axis `dim` of x from epoch `since` to now, each slot taking its leader's row.
+
+        A value without batch axis (batch None) gets one in front of all others and must be shaped for it by the caller.
+        """
+        index = self.leader(since)
+        if start:
+            index = index[:, start:] - start
+        return take_rows(x, index, dim, batch)
+
+    def restore(self, x: Tensor, dim: int, batch: int, start: int = 0) -> Tensor:
+        """Put axis `dim` of a value of now back to the original length; dropped tokens and padding become zeros."""
+        source = self.source()
+        if start:
+            source = source[:, start:] - start
+        return take_rows(x, source, dim, batch)
+
+
+def take_rows(x: Tensor, index: Tensor, dim: int, batch: int | None) -> Tensor:
+    """y[b, .., i, ..] = x[b, .., index[b, i], ..] along `dim`; zeros where the index is -1."""
+    assert batch is not None
+    rows = x.movedim((batch, dim), (0, 1))
+    return torch.ops.tamis.restore_tokens(rows, index).movedim((0, 1), (batch, dim))
