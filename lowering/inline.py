@@ -18,23 +18,26 @@ from ..counts import CountRule
 from .splice import fake_mode_of, op_of, splice
 
 
-def inline_ops(program: ExportedProgram) -> ExportedProgram:
+def inline_ops(program: ExportedProgram, *, counts: bool = True) -> ExportedProgram:
     """The same program with every tamis op replaced by its reference and dead nodes removed.
 
     Attention, linear, layer-norm and GELU nodes, names, signature, weights and stack traces are kept; the given
     program is not changed, and is returned as it is when it holds no tamis op.
+
+    counts  whether token_count nodes are replaced too, by integer arithmetic
     """
     if not any(op_of(node) for node in program.graph.nodes):
         return program
     module = copied(program)
-    inline_nodes(module.graph)
+    inline_nodes(module.graph, counts=counts)
     module.graph.eliminate_dead_code()
-    assert not any(op_of(node) for node in module.graph.nodes)
+    left = {op.name for node in module.graph.nodes if (op := op_of(node))}
+    assert left <= (set() if counts else {"token_count"})
     module.recompile()
     return rebuild(program, module)
 
 
-def inline_nodes(graph: fx.Graph) -> None:
+def inline_nodes(graph: fx.Graph, *, counts: bool = True) -> None:
     """Replace the tamis nodes of a graph, in place."""
     mode = fake_mode_of(graph)
     for node in list(graph.nodes):
@@ -42,7 +45,8 @@ def inline_nodes(graph: fx.Graph) -> None:
         if op is None:
             continue
         if op.name == "token_count":
-            _inline_count(node, mode)
+            if counts:
+                _inline_count(node, mode)
         else:
             splice(node, op.reference, mode)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import onnxscript
 import pytest
 import torch
-from onnxscript import FLOAT, INT64
 from onnxscript import opset18 as onnx_op
 from torch import nn
 
+import tamis.kernels
+from tamis.kernels.opset import TAMIS
+from tamis.kernels.symbols import symbolic_counts
 from tamis.op import OPS, OnnxCall, Op, define_op
-
-DOMAIN = onnxscript.values.Opset("tamis", 1)
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor | None, out: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,8 +28,8 @@ def fake(x: torch.Tensor, weight: torch.Tensor | None, out: Any) -> tuple[torch.
     return x.new_empty(x.shape[0], out, x.shape[2]), x.new_empty(x.shape[0], out)
 
 
-@onnxscript.script(DOMAIN, default_opset=onnx_op)
-def ToyTake(x: FLOAT["B", "N", "C"], weight: FLOAT["C"], out: INT64) -> tuple[FLOAT, FLOAT]:  # noqa: F821
+@onnxscript.script(TAMIS, default_opset=onnx_op)
+def ToyTake(x, weight, out):
     zero = onnx_op.Constant(value_ints=[0])
     one = onnx_op.Constant(value_ints=[1])
     kept = onnx_op.Slice(x, zero, onnx_op.Reshape(out, one), one) * weight
@@ -36,9 +37,17 @@ def ToyTake(x: FLOAT["B", "N", "C"], weight: FLOAT["C"], out: INT64) -> tuple[FL
     return kept, onnx_op.ReduceMean(kept, last, keepdims=0)
 
 
+@onnxscript.script(TAMIS, default_opset=onnx_op)
+def ToyTakeDouble(x, out):
+    zero = onnx_op.Constant(value_ints=[0])
+    one = onnx_op.Constant(value_ints=[1])
+    kept = onnx_op.Slice(x, zero, onnx_op.Reshape(out, one), one) * 2.0
+    last = onnx_op.Constant(value_ints=[-1])
+    return kept, onnx_op.ReduceMean(kept, last, keepdims=0)
+
+
 def to_onnx(x: torch.Tensor, weight: torch.Tensor | None, out: Any) -> OnnxCall:
-    factor = torch.full((x.shape[2],), 2.0) if weight is None else weight
-    return OnnxCall(ToyTake, [x, factor, out], {})
+    return OnnxCall(ToyTakeDouble, [x, out], {}) if weight is None else OnnxCall(ToyTake, [x, weight, out], {})
 
 
 if "toy_take" not in OPS:
@@ -56,13 +65,13 @@ if "toy_take" not in OPS:
 
 
 class Toy(nn.Module):
-    """Attention, layer norm, linear and GELU around two cuts of `remove` tokens."""
+    """Layers of a cut that removes `remove` tokens, attention, layer norm, linear and GELU."""
 
-    def __init__(self, channels: int = 8, remove: int = 2, weighted: bool = True, dynamic: bool = False) -> None:
+    def __init__(self, layers: int, remove: int, weighted: bool, dynamic: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.linear = nn.Linear(channels, channels)
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, channels)) if weighted else None
+        self.norm = nn.LayerNorm(8)
+        self.linears = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8)) if weighted else None
         self.remove, self.dynamic = remove, dynamic
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,22 +81,32 @@ class Toy(nn.Module):
         return kept + mean.unsqueeze(-1)
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = self.cut(tokens)
-        h = self.norm(x)[:, None]
-        x = x + nn.functional.scaled_dot_product_attention(h, h, h)[:, 0]
-        x = self.cut(x)
-        x = x + nn.functional.gelu(self.linear(x))
+        x = tokens
+        for linear in self.linears:
+            x = self.cut(x)
+            h = self.norm(x)[:, None]
+            x = x + nn.functional.scaled_dot_product_attention(h, h, h)[:, 0]
+            x = x + nn.functional.gelu(linear(x))
         return {"last_hidden_state": x, "pooled": x.mean(1)}
 
 
-def export_toy(length: bool = False, **options: Any) -> torch.export.ExportedProgram:
+def export_toy(
+    *,
+    length: bool = False,
+    layers: int = 2,
+    remove: int = 2,
+    weighted: bool = True,
+    dynamic: bool = False,
+    symbolic: bool = False,
+) -> torch.export.ExportedProgram:
+    """length: dynamic length;  dynamic: counts are nodes;  symbolic: counts are symbols even where they are known."""
     with torch.random.fork_rng():
         torch.manual_seed(0)  # noqa: TID251
-        model = Toy(**options).eval()
+        model = Toy(layers, remove, weighted, dynamic).eval()
     dims = {0: torch.export.Dim("batch", min=1, max=64)}
     if length:
-        dims[1] = torch.export.Dim("sequence", min=8, max=64)
-    with torch.no_grad():
+        dims[1] = torch.export.Dim("sequence", min=12, max=64)
+    with torch.no_grad(), symbolic_counts() if symbolic else nullcontext():
         return torch.export.export(model, (tokens(2),), dynamic_shapes=(dims,))
 
 

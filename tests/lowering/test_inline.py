@@ -28,7 +28,7 @@ def test_no_tamis_op_remains_and_whole_nodes_stay(program):
     assert "tamis::toy_take" in before
     assert not any(name.startswith("tamis::") for name in after)
     for whole in ("scaled_dot_product_attention", "layer_norm", "linear", "gelu"):
-        assert after.count(f"aten::{whole}") == before.count(f"aten::{whole}") == 1
+        assert after.count(f"aten::{whole}") == before.count(f"aten::{whole}") == 2
     assert inlined.state_dict.keys() == program.state_dict.keys()
 
 
@@ -52,7 +52,7 @@ def test_inlined_nodes_point_to_the_users_line(program):
 def test_dynamic_length_runs_at_other_lengths(make_program, make_tokens):
     program = make_program(length=True)
     inlined = inline_ops(program)
-    for length in (9, 12, 20):
+    for length in (13, 12, 20):
         given = make_tokens(3, length)
         expected, got = program.module()(given), inlined.module()(given)
         torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=0, atol=0)

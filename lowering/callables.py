@@ -1,0 +1,96 @@
+"""`lower`: a program as something to call: eager, or compiled by Inductor.
+
+Inductor sees every count and every dynamic dimension as a symbol of its own, so that one set of kernels serves all
+layers and all batches.  A first call at sizes of 0 or 1 and the first of any other may each compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config as symbol_config
+from torch.utils import _pytree as pytree
+
+from ..errors import InputMismatch
+from ..target import Target
+from .inline import inline_ops
+from .live_counts import dummy_inputs, lift_counts
+
+
+def lower(program: ExportedProgram, target: Target, mode: str | None = None) -> nn.Module:
+    """A module with the signature of the user's model that computes the program.
+
+    Args:
+        program: with tamis ops or without; for `mode` its counts should be symbols (`symbolic_counts()`).
+        target: what it will run on; ops are inlined on every device as long as they have no kernels of their own.
+        mode: None for eager execution, else Inductor's: "default", "reduce-overhead" or "max-autotune".
+    """
+    if mode is None:
+        return inline_ops(program).module()
+    return InductorModule(program, mode)
+
+
+class InductorModule(nn.Module):
+    """The program compiled by Inductor when first called.
+
+    Raises:
+        InputMismatch: the arguments are not packed as the program's example inputs were.
+    """
+
+    def __init__(self, program: ExportedProgram, mode: str) -> None:
+        super().__init__()
+        self.in_spec, self.out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+        signature = program.module_call_graph[0].signature
+        self.positional = list(getattr(signature, "forward_arg_names", None) or [])
+        module = inline_ops(program, counts=False).module(check_guards=False)
+        module.graph.set_codegen(fx.graph.CodeGen())  # flat inputs and outputs
+        self.live_counts = lift_counts(module.graph)
+        self.inner = fx.GraphModule(module, module.graph)
+        self.compiled = torch.compile(self.inner, fullgraph=True, mode=None if mode == "default" else mode)
+        self.known: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self._flatten(args, kwargs)
+        sizes = self.live_counts.key(flat)
+        flat = [self._marked(place, value) for place, value in enumerate(flat)]
+        with torch.no_grad():
+            if sizes in self.known:
+                results = self.compiled(*flat, *self.known[sizes])
+            else:
+                results = self._first_call(sizes, flat)
+        return pytree.tree_unflatten(results, self.out_spec)
+
+    def _first_call(self, sizes: tuple[int, ...], flat: list[Any]) -> Any:
+        device = next(value.device for value in flat if isinstance(value, Tensor))
+        dummies = dummy_inputs(self.live_counts(sizes), device)
+        for dummy in dummies:
+            torch._dynamo.maybe_mark_dynamic(dummy, 0)
+        # a count that equals the batch by chance is no reason to compile the two as one
+        with symbol_config.patch(use_duck_shape=False):
+            results = self.compiled(*flat, *dummies)
+        self.known[sizes] = dummies
+        return results
+
+    def _marked(self, place: int, value: Any) -> Any:
+        axes = [axis for where, axis, _ in self.live_counts.sizes if where == place]
+        if not axes:
+            return value
+        value = value.detach()  # the mark is an attribute, and the caller's tensor is not ours
+        torch._dynamo.maybe_mark_dynamic(value, axes)
+        return value
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        arguments, keywords = (self.in_spec.child(i) for i in range(2))
+        named = self.positional[len(args) : arguments.num_children]
+        args = (*args, *(kwargs[name] for name in named if name in kwargs))
+        ordered = {name: kwargs[name] for name in keywords.context if name in kwargs}
+        flat, spec = pytree.tree_flatten((args, ordered))
+        extra = kwargs.keys() - set(named) - set(ordered)
+        if spec != self.in_spec or extra:
+            got = f"{len(args)} positional and {sorted(kwargs)} by keyword"
+            rule = f"{arguments.num_children} positional and {list(keywords.context)} by keyword"
+            raise InputMismatch(where="call", rule=f"arguments are {rule}", got=got, hint="call it as the example was.")
+        return flat
