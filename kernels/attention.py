@@ -1,0 +1,201 @@
+"""attention: scaled dot-product attention with a bias per key, and its log-sum-exp.
+
+    L[b, h, i, j] = scale * q_i . k_j + key_bias[b, j] + mask[b, h, i, j];   A = softmax_j(L);   out = A v
+
+q         [B, H, N, D]     float
+k, v      [B, Hk, M, D]    float    Hk divides H; head h reads key head h // (H / Hk)
+key_bias  [B, M]           float32  added to every query's logits: log of token sizes, -inf for padding; None: 0
+mask      [., ., N, M]     broadcast to [B, H, N, M]: bool (true: seen) or float (added)
+scale     float
+causal    bool             query i sees keys j <= i, counted from the first
+->        out [B, H, N, D] as q;  lse [B, H, N] float32: log sum_j exp L_ij
+
+`out` is one call of torch's scaled_dot_product_attention (with its precision), which gets the bias as a [B, 1, 1, M]
+mask, never N x N unless `mask` or `causal` is; lse is float32 arithmetic of its own, which costs nothing when unused
+and inlined (dead code).  For float64 input lse is float64.  A query that sees no key at all: unspecified, except that
+other queries are not touched.  Raises nothing of its own.
+Source: methods 0.7 and 1.4 (i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from onnxscript import script
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..op import OnnxCall, Op, define_op
+from .opset import STANDARD as op
+from .opset import TAMIS
+from .precision import compute_dtype
+
+MaybeTensor = Tensor | None
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """See the module."""
+    bias = _added_to_logits(q, k, key_bias, mask, causal and not (key_bias is None and mask is None))
+    out = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=bias,
+        is_causal=causal and bias is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    logits = grouped_logits(q, k, scale)
+    bias = _added_to_logits(logits, k, key_bias, mask, causal)
+    return out, (logits if bias is None else logits + bias).logsumexp(dim=-1)
+
+
+def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q k^T in compute precision: [B, H, N, D], [B, Hk, M, D] -> [B, H, N, M]; query heads share key heads."""
+    dtype = compute_dtype(q)
+    batch, heads, rows, width = q.shape
+    key_heads, keys = k.shape[1:3]
+    queries = (q.to(dtype) * scale).reshape(batch, key_heads, heads // key_heads * rows, width)
+    return (queries @ k.to(dtype).transpose(2, 3)).reshape(batch, heads, rows, keys)
+
+
+def _added_to_logits(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, causal: bool) -> MaybeTensor:
+    """Everything added to the logits as one float mask of q's type that broadcasts, None when nothing is."""
+    bias = None if key_bias is None else key_bias.to(q.dtype)[:, None, None, :]
+    seen = mask if mask is not None and mask.dtype == torch.bool else None
+    if mask is not None and seen is None:
+        bias = mask.to(q.dtype) if bias is None else bias + mask.to(q.dtype)
+    if causal:
+        row, column = (torch.arange(n, device=q.device) for n in (q.shape[2], k.shape[2]))
+        earlier = column <= row.unsqueeze(1)
+        seen = earlier if seen is None else seen & earlier
+    if seen is None:
+        return bias
+    return torch.where(seen, q.new_zeros(()) if bias is None else bias, -torch.inf)
+
+
+def fake(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Shape rule."""
+    out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+
+
+# In all three, query heads that share a key head are stacked, so that no key or value is repeated.
+@script(TAMIS, default_opset=op)
+def Attention(q, k, v, key_bias, scale: float):
+    queries = op.Cast(q, to=1) * scale
+    heads = op.Shape(k, start=1, end=2)
+    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
+    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
+    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
+    product = op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)
+    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
+    logits = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
+    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
+    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
+    out = op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    return out, op.ReduceLogSumExp(logits, [-1], keepdims=0)
+
+
+@script(TAMIS, default_opset=op)
+def AttentionMasked(q, k, v, key_bias, mask, scale: float, causal: int):
+    queries = op.Cast(q, to=1) * scale
+    heads = op.Shape(k, start=1, end=2)
+    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
+    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
+    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
+    product = op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)
+    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
+    biased = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
+    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
+    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
+    lowest = op.Constant(value_float=float("-inf"))
+    logits = op.Where(hidden, lowest, biased + op.Cast(mask, to=1))
+    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
+    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
+    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
+    out = op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    return out, op.ReduceLogSumExp(logits, [-1], keepdims=0)
+
+
+@script(TAMIS, default_opset=op)
+def AttentionSeen(q, k, v, key_bias, seen, scale: float, causal: int):
+    queries = op.Cast(q, to=1) * scale
+    heads = op.Shape(k, start=1, end=2)
+    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
+    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
+    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
+    product = op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)
+    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
+    biased = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
+    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
+    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
+    lowest = op.Constant(value_float=float("-inf"))
+    logits = op.Where(op.Or(hidden, op.Not(seen)), lowest, biased)
+    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
+    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
+    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
+    out = op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    return out, op.ReduceLogSumExp(logits, [-1], keepdims=0)
+
+
+def onnx(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
+) -> OnnxCall:
+    """Calls Attention; AttentionSeen for a boolean mask, AttentionMasked for a float one or for causality."""
+    bias = [0] if key_bias is None else key_bias
+    if mask is None and not causal:
+        return OnnxCall(Attention, [q, k, v, bias], {"scale": scale})
+    function = AttentionSeen if mask is not None and mask.dtype == torch.bool else AttentionMasked
+    return OnnxCall(function, [q, k, v, bias, [0] if mask is None else mask], {"scale": scale, "causal": int(causal)})
+
+
+def flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Both products: 2 * B * H * N * M * (D + Dv); causality halves nothing, as in torch's counter."""
+    batch, heads, rows, width = q
+    return 2 * batch * heads * rows * k[2] * (width + v[3])
+
+
+def samples() -> Iterator[tuple[Any, ...]]:
+    """Argument tuples for the generic tests."""
+    generator = torch.Generator().manual_seed(0)
+    for batch, heads, key_heads, rows, keys in [(2, 4, 4, 7, 7), (1, 4, 2, 3, 5), (3, 3, 1, 1, 1)]:
+        q = torch.randn(batch, heads, rows, 8, generator=generator)
+        k, v = (torch.randn(batch, key_heads, keys, 8, generator=generator) for _ in range(2))
+        bias = torch.rand(batch, keys, generator=generator).log()
+        bias[:, 1:2] = -torch.inf
+        seen = torch.rand(batch, 1, rows, keys, generator=generator) > 0.3
+        seen[..., 0] = True
+        added = torch.randn(heads, rows, keys, generator=generator)
+        yield q, k, v, None, None, 8**-0.5, False
+        yield q, k, v, bias, None, 0.25, False
+        yield q, k, v, bias, seen, 0.25, False
+        yield q, k, v, bias, added, 0.25, False
+        yield q, k, v, None, seen, 0.25, True
+        yield q, k, v, None, None, 0.25, True
+        yield q, k, v, bias, None, 0.25, True
+        yield q.half(), k.half(), v.half(), bias, None, 0.25, False
+
+
+ATTENTION = define_op(
+    Op(
+        name="attention",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? mask, float scale, bool causal)"
+        " -> (Tensor out, Tensor lse)",
+        reference=reference,
+        fake=fake,
+        onnx=onnx,
+        flops=flops,
+        samples=samples,
+        triton=None,
+    )
+)

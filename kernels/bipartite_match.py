@@ -1,0 +1,276 @@
+"""bipartite_match: ToMe's plan: every other token offers to merge into its most similar token of the other half.
+
+metric  [B, N, D] float   what similarity is measured on
+valid   [B, N]    bool    which tokens are real, padding anywhere in a row; None: all
+out     count             N': tokens after; equals CountRule.from_flat(prefix, rule).out(N)
+prefix  int               protected leading real tokens P
+rule    int[]             CountRule.flat; must contain HALF and add nothing
+->      slot   [B, N]      int64: output slot of each token, -1 for padding
+        leader [B, N']     int64: the token that stands for each slot, 0 where a row has no such slot
+        moved  [B, N - N'] int64: tokens merged into a slot led by another, ascending; spare entries are leader[:, 0]
+
+Per row, over its n real tokens by rank (position among the real ones):
+1. u = x / max(||x||, 1e-12);  a = tokens of even rank >= P, b = tokens of odd rank >= P
+2. S = a b^T;  mu_i = max_j S_ij,  j*_i = argmax_j S_ij
+3. the rule.removed(n) tokens of a with the highest mu merge into b[j*]
+4. slots: [the P protected | a that stay, ascending | b, ascending]; without protected tokens (P = 0) those of a
+   that stay come by descending mu, as published
+
+Float32 arithmetic (float64 for float64 input).  Ties: lowest index, in argmax and in the order by mu (stable).  A token
+whose metric has a zero, infinite or NaN norm counts as the zero vector.  Raises nothing of its own.
+Source: methods card 1.2 (Bolya et al. 2023, merge.py:36-68).  Differs: stable order, guarded norm, any number of
+protected tokens, always at the front (published: 2 at most, the second interleaved); padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from onnxscript import script
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..counts import HALF, CountRule, at_most
+from ..op import OnnxCall, Op, define_op
+from .opset import STANDARD as op
+from .opset import TAMIS, rule_inputs
+from .precision import compute_dtype
+from .rows import ascending, slot_leaders, take_rows
+
+
+def reference(
+    metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the module."""
+    unit = _unit_vectors(metric)
+    if valid is None:
+        return _match_all(unit, out, prefix)
+    return _match_real(unit, valid, out, CountRule.from_flat(prefix, rule))
+
+
+def _match_all(unit: Tensor, out: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token is real: ranks are positions, and all counts are the same in every row."""
+    batch, tokens = unit.shape[:2]
+    first_a, first_b = _first_ranks(prefix)
+    a, b = unit[:, first_a::2], unit[:, first_b::2]
+    similarity, nearest = _best_partner(a, b, unit.new_zeros(b.shape[1]))
+    removed = tokens - out
+    order = similarity.sort(dim=1, descending=True, stable=True).indices
+    merging, staying = order[:, :removed].sort(dim=1).values, order[:, removed:]
+    if prefix:
+        staying = staying.sort(dim=1).values
+    position = torch.arange(tokens, device=unit.device)
+    slot_of_b = prefix + a.shape[1] - removed
+    stay_slot = (position[prefix:] if prefix else position)[: a.shape[1] - removed]
+    slots = torch.cat([stay_slot.expand(batch, -1), slot_of_b + nearest.gather(1, merging)], 1)
+    moved, stay = first_a + 2 * merging, first_a + 2 * staying
+    slot = _slots_of_rest(position, prefix, first_b, slot_of_b).expand(batch, tokens)
+    slot = slot.scatter(1, torch.cat([stay, moved], 1), slots)
+    ends = position[:prefix].expand(batch, -1), position[first_b::2].expand(batch, -1)
+    # cut to `out`: the same length, but known to be so without comparing expressions
+    return slot, torch.cat([ends[0], stay, ends[1]], 1)[:, :out], moved
+
+
+def _match_real(unit: Tensor, valid: Tensor, out: int, rule: CountRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of different length: pack the real tokens to the front, match by rank, map ranks back to positions."""
+    prefix, (first_a, first_b) = rule.prefix, _first_ranks(rule.prefix)
+    batch, tokens = valid.shape
+    rank_of = valid.cumsum(1) - 1
+    count = valid.sum(1, keepdim=True)
+    rank = torch.arange(tokens, device=unit.device).expand(batch, tokens)
+    packed = take_rows(unit, (~valid).sort(dim=1, stable=True).indices)
+    a, b, a_real = packed[:, first_a::2], packed[:, first_b::2], rank[:, first_a::2] < count
+    hidden = unit.new_zeros(()).masked_fill(rank[:, first_b::2] >= count, -torch.inf)
+    similarity, nearest = _best_partner(a, b, hidden.unsqueeze(1))
+    order = similarity.masked_fill(~a_real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    place = torch.zeros_like(order).scatter(1, order, rank[:, : a.shape[1]])
+    removed = rule.removed(count)
+    merging = place < removed
+    staying = a_real & ~merging
+    slot_of_b = prefix + staying.sum(1, keepdim=True)
+    stay_slot = prefix + staying.cumsum(1) - 1 if prefix else place - removed
+    a_slot = torch.where(merging, slot_of_b + nearest, stay_slot)
+    slot = _slots_of_rest(rank, prefix, first_b, slot_of_b)
+    slot = torch.slice_scatter(slot, a_slot, 1, first_a, tokens, 2)
+    moves = torch.slice_scatter(torch.zeros_like(valid), merging, 1, first_a, tokens, 2)
+    rank_of = rank_of.clamp(min=0)
+    slot = slot.gather(1, rank_of).masked_fill(~valid, -1)
+    moves = moves.gather(1, rank_of) & valid
+    leader = slot_leaders(slot, valid & ~moves, out)
+    return slot, leader, ascending(moves, tokens - out, leader[:, :1])
+
+
+def _first_ranks(prefix: int) -> tuple[int, int]:
+    """Ranks of the first unprotected token of a and of b."""
+    return prefix + prefix % 2, prefix + 1 - prefix % 2
+
+
+def _slots_of_rest(rank: Tensor, prefix: int, first_b: int, slot_of_b: Any) -> Tensor:
+    """Slots of the protected tokens and of b, by rank (those of a are filled in afterwards)."""
+    slot = (rank - first_b) // 2 + slot_of_b
+    return torch.where(rank < prefix, rank, slot) if prefix else slot
+
+
+def _unit_vectors(metric: Tensor) -> Tensor:
+    x = metric.to(compute_dtype(metric))
+    unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    return unit.nan_to_num(nan=0.0)
+
+
+def _best_partner(a: Tensor, b: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Highest similarity of each a to any b, and which.  hidden: added to S, -inf at columns not to be chosen."""
+    # one hidden column more, because a maximum over no column at all (a single token) is an error
+    b, hidden = pad(b, (0, 0, 0, 1)), pad(hidden, (0, 1), value=-torch.inf)
+    best = torch.baddbmm(hidden, a, b.transpose(1, 2)).max(dim=2)
+    return best.values, best.indices
+
+
+def fake(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape rule."""
+    batch, tokens = metric.shape[:2]
+    shapes = [(batch, tokens), (batch, out), (batch, tokens - out)]
+    slot, leader, moved = (metric.new_empty(shape, dtype=torch.int64) for shape in shapes)
+    return slot, leader, moved
+
+
+@script(TAMIS, default_opset=op)
+def BipartiteMatch(metric, out, prefix: int, first_a: int, first_b: int):
+    x = op.Cast(metric, to=1)
+    scaled = x / op.Max(op.ReduceL2(x, [-1], keepdims=1), 1e-12)
+    unit = op.Where(op.IsNaN(scaled), 0.0, scaled)
+    tokens = op.Shape(x, start=1, end=2)
+    a = op.Slice(unit, op.Reshape(first_a, [1]), [9223372036854775807], [1], [2])
+    # a row of a single token has no b; any column will do, as nothing merges
+    b = op.Slice(unit, op.Min(op.Reshape(first_b, [1]), tokens - 1), [9223372036854775807], [1], [2])
+    similarity = op.MatMul(a, op.Transpose(b, perm=[0, 2, 1]))
+    nearest = op.ArgMax(similarity, axis=2, keepdims=0)
+    count_a = op.Shape(a, start=1, end=2)
+    removed = tokens - op.Reshape(out, [1])
+    _, order = op.TopK(op.ReduceMax(similarity, [2], keepdims=0), count_a, axis=1)
+    merging, _ = op.TopK(op.Slice(order, [0], removed, [1]), removed, axis=1, largest=0)
+    staying = op.Slice(order, removed, count_a, [1])
+    # ascending; without protected tokens all keys are 0 and the order stays
+    _, ascending = op.TopK(staying * op.Min(prefix, 1), count_a - removed, axis=1, largest=0)
+    moved = merging * 2 + first_a
+    stay = op.GatherElements(staying, ascending, axis=1) * 2 + first_a
+    position = op.Range(0, op.Squeeze(tokens), 1)
+    slot_of_b = prefix + count_a - removed
+    rest = op.Where(position < prefix, position, (position - first_b) / 2 + slot_of_b)
+    rows = op.Shape(x, start=0, end=1)
+    stay_slot = op.Expand(op.Slice(position, op.Reshape(prefix, [1]), slot_of_b, [0]), op.Shape(stay))
+    slots = op.Concat(stay_slot, op.GatherElements(nearest, merging, axis=1) + slot_of_b, axis=1)
+    spread = op.Concat(rows, tokens, axis=0)
+    slot = op.ScatterElements(op.Expand(rest, spread), op.Concat(stay, moved, axis=1), slots, axis=1)
+    every = op.Expand(position, spread)
+    protected = op.Slice(every, [0], op.Reshape(prefix, [1]), [1])
+    others = op.Slice(every, op.Reshape(first_b, [1]), [9223372036854775807], [1], [2])
+    return slot, op.Concat(protected, stay, others, axis=1), moved
+
+
+@script(TAMIS, default_opset=op)
+def BipartiteMatchMasked(metric, valid, out, slopes, offsets, divisors, prefix: int, first_a: int, first_b: int):
+    x = op.Cast(metric, to=1)
+    scaled = x / op.Max(op.ReduceL2(x, [-1], keepdims=1), 1e-12)
+    unit = op.Where(op.IsNaN(scaled), 0.0, scaled)
+    tokens = op.Shape(x, start=1, end=2)
+    real = op.Cast(valid, to=7)
+    rank_of = op.Max(op.CumSum(real, 1) - 1, 0)
+    count = op.ReduceSum(real, [1], keepdims=1)
+    _, packing = op.TopK(real, tokens, axis=1)
+    packed = op.GatherND(unit, op.Unsqueeze(packing, [2]), batch_dims=1)
+    position = op.Range(0, op.Squeeze(tokens), 1)
+    rank = op.Expand(position, op.Shape(valid))
+    # a row of a single token has no b; any column will do, as nothing merges
+    start_b = op.Min(op.Reshape(first_b, [1]), tokens - 1)
+    a = op.Slice(packed, op.Reshape(first_a, [1]), [9223372036854775807], [1], [2])
+    b = op.Slice(packed, start_b, [9223372036854775807], [1], [2])
+    rank_a = op.Slice(rank, op.Reshape(first_a, [1]), [9223372036854775807], [1], [2])
+    rank_b = op.Slice(rank, start_b, [9223372036854775807], [1], [2])
+    lowest = op.Constant(value_float=float("-inf"))
+    hidden = op.Unsqueeze(op.Where(rank_b < count, 0.0, lowest), [1])
+    similarity = op.MatMul(a, op.Transpose(b, perm=[0, 2, 1])) + hidden
+    nearest = op.ArgMax(similarity, axis=2, keepdims=0)
+    count_a = op.Shape(a, start=1, end=2)
+    best = op.Where(rank_a < count, op.ReduceMax(similarity, [2], keepdims=0), lowest)
+    _, order = op.TopK(best, count_a, axis=1)
+    index_a = (rank_a - first_a) / 2
+    place = op.ScatterElements(index_a, order, index_a, axis=1)
+    # Div truncates where Python floors, but only below zero, which the Max cuts off
+    removed = op.Max(op.ReduceMin((slopes * (count - prefix) + offsets) / divisors, [1], keepdims=1), 0)
+    merging = place < removed
+    staying = op.Cast(op.And(rank_a < count, op.Not(merging)), to=7)
+    slot_of_b = op.ReduceSum(staying, [1], keepdims=1) + prefix
+    stay_slot = op.Where(op.Expand(prefix, [1]) > 0, op.CumSum(staying, 1) + (prefix - 1), place - removed)
+    a_slot = op.Where(merging, nearest + slot_of_b, stay_slot)
+    rest = op.Where(rank < prefix, rank, (rank - first_b) / 2 + slot_of_b)
+    packed_slot = op.ScatterElements(rest, rank_a, a_slot, axis=1)
+    packed_moves = op.ScatterElements(rank * 0, rank_a, op.Cast(merging, to=7), axis=1)
+    slot = op.Where(valid, op.GatherElements(packed_slot, rank_of, axis=1), -1)
+    moves = op.And(valid, op.GatherElements(packed_moves, rank_of, axis=1) > 0)
+    size = op.Reshape(out, [1])
+    rows = op.Shape(x, start=0, end=1)
+    # one column more than needed takes what has no place in the list
+    lead_place = op.Where(op.And(valid, op.Not(moves)), slot, size)
+    blank = op.Expand(0, op.Concat(rows, size + 1, axis=0))
+    leader = op.Slice(op.ScatterElements(blank, lead_place, rank, axis=1), [0], size, [1])
+    spare = op.Expand(op.Slice(leader, [0], [1], [1]), op.Concat(rows, tokens - size + 1, axis=0))
+    move_place = op.Where(moves, op.CumSum(op.Cast(moves, to=7), 1) - 1, tokens - size)
+    moved = op.Slice(op.ScatterElements(spare, move_place, rank, axis=1), [0], tokens - size, [1])
+    return slot, leader, moved
+
+
+def onnx(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]) -> OnnxCall:
+    """Calls BipartiteMatch or, with padding, BipartiteMatchMasked."""
+    first_a, first_b = _first_ranks(prefix)
+    attributes = {"prefix": prefix, "first_a": first_a, "first_b": first_b}
+    if valid is None:
+        return OnnxCall(BipartiteMatch, [metric, out], attributes)
+    return OnnxCall(BipartiteMatchMasked, [metric, valid, out, *rule_inputs(rule)], attributes)
+
+
+def flops(metric: Any, valid: Any, out: int, prefix: int, rule: list[int], **_: Any) -> int:
+    """The similarity product: 2 * B * |a| * |b| * D, over unprotected tokens, padding included."""
+    batch, tokens, width = metric
+    first_a, first_b = _first_ranks(prefix)
+    count_a, count_b = ((max(tokens - first, 0) + 1) // 2 for first in (first_a, first_b))
+    return 2 * batch * count_a * count_b * width
+
+
+def samples() -> Iterator[tuple[Any, ...]]:
+    """Argument tuples for the generic tests."""
+    generator = torch.Generator().manual_seed(0)
+    for batch, tokens, prefix, r in [
+        (2, 12, 1, 3),
+        (1, 17, 0, 8),
+        (3, 9, 2, 2),
+        (2, 7, 5, 4),
+        (0, 8, 1, 2),
+        (2, 6, 1, 0),
+    ]:
+        metric = torch.randn(batch, tokens, 16, generator=generator)
+        rule = CountRule(prefix, (at_most(r), HALF))
+        yield metric, None, rule.out(tokens), prefix, rule.flat()
+        real = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
+        for valid in (torch.arange(tokens) < real, torch.arange(tokens) >= tokens - real):
+            yield metric, valid, rule.out(tokens), prefix, rule.flat()
+    for tokens, prefix in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2), (4, 2)]:
+        metric, rule = torch.randn(2, tokens, 8, generator=generator), CountRule(prefix, (at_most(5), HALF))
+        yield metric, None, rule.out(tokens), prefix, rule.flat()
+        yield metric, torch.ones(2, tokens, dtype=torch.bool), rule.out(tokens), prefix, rule.flat()
+
+
+BIPARTITE_MATCH = define_op(
+    Op(
+        name="bipartite_match",
+        schema="(Tensor metric, Tensor? valid, SymInt out, int prefix, int[] rule)"
+        " -> (Tensor slot, Tensor leader, Tensor moved)",
+        reference=reference,
+        fake=fake,
+        onnx=onnx,
+        flops=flops,
+        samples=samples,
+        triton=None,
+    )
+)

@@ -1,0 +1,56 @@
+"""Runs one `OnnxCall` in ONNX Runtime: a model of one node that calls the function, all dimensions dynamic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+
+ELEMENTS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+def run_call(call: Any, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of the call on the tensors, counts and lists among its inputs; `like` gives their types and ranks."""
+    feeds = {f"in{i}": _tensor(value) for i, value in enumerate(call.inputs)}
+    model = _model(call, feeds, {f"out{i}": value for i, value in enumerate(like)})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
+    results = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    return [torch.as_tensor(result) for result in results]
+
+
+def _model(call: Any, feeds: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> onnx.ModelProto:
+    function = call.function.to_function_proto()
+    node = helper.make_node(function.name, list(feeds), list(results), domain=function.domain, **call.attributes)
+    graph = helper.make_graph([node], "call", *([_info(*item) for item in some.items()] for some in (feeds, results)))
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(function.domain, 1)],
+        functions=[function],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _info(name: str, value: torch.Tensor) -> onnx.ValueInfoProto:
+    dimensions = [f"{name}_{axis}" for axis in range(value.dim())]
+    return helper.make_tensor_value_info(name, ELEMENTS[value.dtype], dimensions)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+
+
+def _options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
