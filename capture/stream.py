@@ -81,9 +81,7 @@ def _side_role(by_name: dict[str, fx.Node], site: Site) -> str:
     return "pool" if isinstance(tokens, int) and tokens <= 4 else "cross"
 
 
-def _layer(
-    index: int, site: Site, residual: Residual, post_norm: bool, order: dict[fx.Node, int], limit: int
-) -> Layer:
+def _layer(index: int, site: Site, residual: Residual, post_norm: bool, order: dict[fx.Node, int], limit: int) -> Layer:
     state = _settled(residual.add, post_norm)
     block, parallel = (residual.add, True) if residual.with_mlp else _block_add(state, order, limit)
     after_block = None if block is None else _settled(block, post_norm).name

@@ -60,6 +60,14 @@ class PickleRefused(TamisError):
     exit_code = 2
 
 
+class UnsafeProgram(TamisError):
+    template = (
+        "{path}: member {member!r} holds {what}, which would run as code, and was not loaded.\n"
+        "  hint: export the model again from its source, and be wary of where this file comes from."
+    )
+    exit_code = 2
+
+
 class UntrustedNativeCode(TamisError):
     template = (
         "{path}: is an AOTInductor package, which is native code.\n"
@@ -69,7 +77,10 @@ class UntrustedNativeCode(TamisError):
 
 
 class FactoryFailed(TamisError):
-    template = "{spec}: {reason}.\n  hint: name a function without arguments that returns (model, args) or (model, args, kwargs)."
+    template = (
+        "{spec}: {reason}.\n"
+        "  hint: name a function without arguments that returns (model, args) or (model, args, kwargs)."
+    )
     exit_code = 2
 
 
@@ -141,7 +152,9 @@ class UnknownPass(TamisError):
 
 
 class BadPassText(TamisError):
-    template = "cannot read the pass {text!r}: {reason}.\n  hint: write name:key=value,key=value, for example tome:r=13."
+    template = (
+        "cannot read the pass {text!r}: {reason}.\n  hint: write name:key=value,key=value, for example tome:r=13."
+    )
     exit_code = 2
 
 
@@ -192,7 +205,8 @@ class TokenAxisUnsupported(TamisError):
 
 class TokenShapeConflict(TamisError):
     template = (
-        "{where}: node {node} ({op}) does not accept the reduced token count (shape was {before}, is {after}): {reason}.\n"
+        "{where}: node {node} ({op}) does not accept the reduced token count (shape was {before}, is {after}): "
+        "{reason}.\n"
         "  hint: this is a gap in tamis's token-axis rules; please report the node and its source line."
     )
 
@@ -210,7 +224,8 @@ class BrokenInvariant(TamisError):
 
 class DriftTooLarge(TamisError):
     template = (
-        "{where}: output drift {drift:.4g} is over the budget {budget:.4g} (largest relative L2 difference of any row).\n"
+        "{where}: output drift {drift:.4g} is over the budget {budget:.4g} "
+        "(largest relative L2 difference of any row).\n"
         "  hint: remove fewer tokens or skip early layers; the report lists tokens per layer."
     )
     exit_code = 4
@@ -238,7 +253,27 @@ class OutputExists(TamisError):
 
 
 class OutputNotWritable(TamisError):
-    template = "{path}: cannot be written ({reason}).\n  hint: choose a directory that exists and that you may write to."
+    template = (
+        "{path}: cannot be written ({reason}).\n  hint: choose a directory that exists and that you may write to."
+    )
+    exit_code = 2
+
+
+class WrongUsage(TamisError):
+    template = "{problem}.\n  hint: {hint}"
+    exit_code = 2
+
+
+class UnknownOutputFormat(TamisError):
+    template = "{path}: cannot tell from the name what to write.\n  hint: end it in .onnx, .pt2, or / for a directory."
+    exit_code = 2
+
+
+class OriginalMissing(TamisError):
+    template = (
+        "{what}: a model loaded from a file has no original to compare with.\n"
+        "  hint: fast.with_original(tamis.capture(model, inputs)) gives it one."
+    )
     exit_code = 2
 
 

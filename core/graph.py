@@ -143,7 +143,11 @@ class TokenGraph:
 
 def _lifted_names(program: ExportedProgram) -> dict[str, str]:
     signature = program.graph_signature
-    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    return {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
 
 
 def _line(node: fx.Node, lifted: dict[str, str]) -> str:

@@ -46,7 +46,8 @@ class Outcome:
 
     def __str__(self) -> str:
         what = f"{self.before} -> {self.after} tokens" if self.applied else f"skipped: {self.reason}"
-        return f"{self.pass_name} at layer {self.layer}: {what}{f' ({self.reason})' if self.applied and self.reason else ''}"
+        note = f" ({self.reason})" if self.applied and self.reason else ""
+        return f"{self.pass_name} at layer {self.layer}: {what}{note}"
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,13 @@ def build_pass(name: str, parameters: dict[str, Any]) -> Pass:
     try:
         return cls(**parameters)
     except (TypeError, ValueError) as error:
-        raise BadParameter(where=name, name="parameters", rule="complete", got=str(error), hint=f"it takes {', '.join(known)}.") from error
+        raise BadParameter(
+            where=name, name="parameters", rule="complete", got=str(error), hint=f"it takes {', '.join(known)}."
+        ) from error
 
 
 def parse_passes(passes: str | Pass | dict[str, Any] | Iterable[Any]) -> list[Pass]:
-    """Passes from text (`tome:r=13 + evit:keep_ratio=0.7`), objects, dicts (`{"tome": {"r": 13}}`) or a list of these."""
+    """Passes from text (`tome:r=13 + evit`), objects, dicts (`{"tome": {"r": 13}}`) or lists of these."""
     if isinstance(passes, Pass):
         return [passes]
     if isinstance(passes, str):
@@ -207,7 +210,11 @@ def _value(text: str) -> Any:
 
 
 def _show(value: Any) -> str:
-    return {True: "true", False: "false", None: "none"}[value] if isinstance(value, bool | None) else str(value).replace(" ", "")
+    return (
+        {True: "true", False: "false", None: "none"}[value]
+        if isinstance(value, bool | None)
+        else str(value).replace(" ", "")
+    )
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
@@ -217,7 +224,10 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def _advice(parameter: str, value: Any, known: list[str]) -> dict[str, str]:
     if parameter in SPELLINGS and "keep_ratio" in known:
         kept = round(1 - value, 6) if SPELLINGS[parameter] and isinstance(value, int | float) else value
-        return {"nearest": "", "hint": f"write keep_ratio={kept}; keep_ratio is the fraction kept, everywhere in tamis."}
+        return {
+            "nearest": "",
+            "hint": f"write keep_ratio={kept}; keep_ratio is the fraction kept, everywhere in tamis.",
+        }
     near = difflib.get_close_matches(parameter, known, n=1)
     return {"nearest": f"; did you mean {near[0]}?" if near else "", "hint": f"it takes {', '.join(known)}."}
 
@@ -274,7 +284,9 @@ class Pipeline:
         for one in dict.fromkeys(map(str, self.passes)):
             own = [o for o in outcomes if o.pass_name == one]
             if not any(o.applied for o in own):
-                reasons = dict.fromkeys(f"  layer {o.layer}: {o.reason}" if o.layer is not None else f"  {o.reason}" for o in own)
+                reasons = dict.fromkeys(
+                    f"  layer {o.layer}: {o.reason}" if o.layer is not None else f"  {o.reason}" for o in own
+                )
                 raise NothingChanged(passes=one, reasons="\n".join(reasons) or "  no candidate place was found")
 
     def __str__(self) -> str:

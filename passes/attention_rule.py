@@ -18,8 +18,9 @@ ATTENTION = torch.ops.tamis.attention.default
 def attend(call: Call, site: Site) -> Answer:
     """Run an attention site whose queries, keys or both are reduced.
 
-    Keys of the stream get the per-key bias (log sizes, -inf without a token), which also says what a padding mask said;
-    any other mask loses the rows and columns of the tokens that are gone.  Without bias and mask the site stays as it is.
+    Keys of the stream get the per-key bias (log sizes, -inf without a token), which also says what a padding mask
+    said; any other mask loses the rows and columns of the tokens that are gone.  Without bias and mask the site stays
+    as it is.
     """
     (q, q_axes), (k, k_axes), (v, v_axes) = (_aligned(call, i) for i in range(3))
     _check_heads(q_axes, k_axes, v_axes, q.dim())
@@ -48,7 +49,9 @@ def _aligned(call: Call, index: int) -> tuple[Tensor, Axes | None]:
 
 def _check_heads(q: Axes | None, k: Axes | None, v: Axes | None, rank: int) -> None:
     token_axis = (rank - 2,)
-    if (k is None) != (v is None) or any(axes is not None and (axes.dims != token_axis or axes.start) for axes in (q, k, v)):
+    if (k is None) != (v is None) or any(
+        axes is not None and (axes.dims != token_axis or axes.start) for axes in (q, k, v)
+    ):
         raise NeedsFullLength("its queries, keys and values do not hold the same tokens in axis -2")
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class CutRunner:
     """Runs the methods placed at the cuts of one graph."""
 
-    def __init__(self, graph: TokenGraph, placed: dict[str, list[tuple[Layer, TokenReduction]]], run: ReductionInterpreter) -> None:
+    def __init__(
+        self, graph: TokenGraph, placed: dict[str, list[tuple[Layer, TokenReduction]]], run: ReductionInterpreter
+    ) -> None:
         self.graph, self.placed, self.interpreter = graph, placed, run
         self.outcomes: list[Outcome] = []
         self.last: tuple[str, int] = ("", -1)
@@ -46,7 +48,9 @@ class CutRunner:
         if isinstance(mark, Restored):
             return run.state.reduce_all(value)
         if run.state.plans and (not isinstance(mark, Axes) or mark.dims != (1,) or mark.epoch != run.state.epoch):
-            raise TokenShapeConflict(op="cut", reason="the stream lost its token axis on the way here", **run._where(node))
+            raise TokenShapeConflict(
+                op="cut", reason="the stream lost its token axis on the way here", **run._where(node)
+            )
         return value
 
     def _valid(self) -> Tensor | None:
@@ -78,12 +82,20 @@ class CutRunner:
         tokens = self._tokens(hidden, rule, out, layer, site)
         plan = self._plan(method, tokens, layer)
         if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
-            raise MethodFailed(where=f"layer {layer.index}", method=method, shape=shape_text(hidden), reason="a merging plan without weights would lose the sizes", hint="set Plan.weight=tokens.sizes.")
+            raise MethodFailed(
+                where=f"layer {layer.index}",
+                method=method,
+                shape=shape_text(hidden),
+                reason="a merging plan without weights would lose the sizes",
+                hint="set Plan.weight=tokens.sizes.",
+            )
         self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
         reduced = state.reduce(hidden, plan)
         state.push(plan, size_bias=method.tracks_sizes)
         self.last = (str(method), layer.index)
-        self.outcomes.append(Outcome(str(method), layer.index, site.node, True, "", _count_text(count), _count_text(out), rule))
+        self.outcomes.append(
+            Outcome(str(method), layer.index, site.node, True, "", _count_text(count), _count_text(out), rule)
+        )
         return reduced
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.traceback import set_current_meta
 
@@ -127,5 +126,3 @@ class ReductionInterpreter(fx.Interpreter):
         if self.options.token_map:
             values.append(token_map(self.state, self.cuts.first_hidden))
         return values
-
-

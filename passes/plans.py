@@ -18,9 +18,14 @@ def match_plan(tokens: Tokens, metric: Tensor) -> Plan:
 
 
 def keep_plan(
-    tokens: Tokens, scores: Tensor, *, order: str = "original", fuse_weight: Tensor | None = None, normalize: bool = False
+    tokens: Tokens,
+    scores: Tensor,
+    *,
+    order: str = "original",
+    fuse_weight: Tensor | None = None,
+    normalize: bool = False,
 ) -> Plan:
-    """Keep the tokens of highest score [B, N]; the others are dropped, or fused into one token with `fuse_weight` [B, N].
+    """Keep the tokens of highest score [B, N]; drop the others, or fuse them into one token by `fuse_weight` [B, N].
 
     order      "original" keeps the tokens' order, "score" sorts them by falling score
     normalize  divide the fused token by the sum of its weights

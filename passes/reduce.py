@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 from ..capture.program import rebuild
 from ..graph import Layer, TokenGraph
-from ..kernels.token_count import symbolic_counts
+from ..kernels.symbols import symbolic_counts
 from ..rewrite import Options, Outcome, Result
 from .interpreter import ReductionInterpreter
 from .outputs import with_token_map
@@ -28,7 +27,7 @@ def reduce_tokens_of(graph: TokenGraph, methods: Sequence[TokenReduction], optio
     with symbolic_counts() if options.symbolic_counts else nullcontext():
         module = retrace(graph.program, interpreter.run_all)
     outcomes += interpreter.outcomes
-    outcomes.sort(key=lambda o: (-1 if o.layer is None else o.layer))
+    outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
     if not any(o.applied for o in interpreter.outcomes):
         return Result(graph, tuple(outcomes))
     spec = with_token_map(graph.program) if options.token_map else None
@@ -46,7 +45,7 @@ def _place(graph: TokenGraph, methods: Sequence[TokenReduction], outcomes: list[
             continue
         for index in method.selected(len(graph.layers)):
             layer = graph.layers[index]
-            node = layer.cut(method.where)
+            node = place_in(layer, method.where)
             if node is None:
                 why = "; ".join(layer.notes) or f"no place {method.where.replace('_', ' ')}"
                 outcomes.append(Outcome(str(method), index, graph.sites[layer.site].node, False, why))
@@ -58,3 +57,6 @@ def _place(graph: TokenGraph, methods: Sequence[TokenReduction], outcomes: list[
     return placed
 
 
+def place_in(layer: Layer, where: str) -> str | None:
+    """The node of a layer at which a method runs; a method for after attention moves behind a parallel block."""
+    return layer.cut(where) or (layer.after_block if where == "after_attention" else None)

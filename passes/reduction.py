@@ -78,12 +78,16 @@ class TokenReduction(Pass):
         for layer in chosen:
             if not -layers <= layer < layers:
                 raise BadParameter(
-                    where=self.name, name="layers", rule=f"between 0 and {layers - 1}", got=layer, hint=f"the model has {layers} layers."
+                    where=self.name,
+                    name="layers",
+                    rule=f"between 0 and {layers - 1}",
+                    got=layer,
+                    hint=f"the model has {layers} layers.",
                 )
         return sorted({layer % layers for layer in chosen})
 
     def amount(self, layer: int, layers: int) -> int | float:
-        """r or keep_ratio at a selected layer (a per-layer table speaks of the model's layers, other forms of the selected)."""
+        """r or keep_ratio at a selected layer; a table speaks of the model's layers, other forms of the selected."""
         schedule: Schedule = self.keep_ratio if self.r is None else self.r
         selected = self.selected(layers)
         if schedule.kind == "table":
@@ -103,9 +107,11 @@ class TokenReduction(Pass):
             return str(graph.why_no_stream or "no token stream was found")
         if self.needs_class_token and not graph.class_token:
             return "it scores tokens by the class token's attention, and this model has no class token"
-        if any(graph.sites[layer.site].mask.kind == "causal" or graph.sites[layer.site].causal for layer in graph.layers):
+        if any(
+            graph.sites[layer.site].mask.kind == "causal" or graph.sites[layer.site].causal for layer in graph.layers
+        ):
             return "attention is causal; removing tokens would change what later tokens may see"
-        if all(layer.cut(self.where) is None for layer in graph.layers):
+        if all(layer.cut(self.where) is None and layer.after_block is None for layer in graph.layers):
             return f"no layer has a place {self.where.replace('_', ' ')}"
         return ""
 
@@ -136,11 +142,18 @@ def _read_layers(layers: Any, where: str) -> tuple[int, ...] | None:
         return None
     if isinstance(layers, int) and not isinstance(layers, bool):
         return (layers,)
-    if isinstance(layers, Sequence) and not isinstance(layers, str) and all(isinstance(x, int) for x in layers) and layers:
+    if (
+        isinstance(layers, Sequence)
+        and not isinstance(layers, str)
+        and all(isinstance(x, int) for x in layers)
+        and layers
+    ):
         return tuple(layers)
     if isinstance(layers, range):
         return tuple(layers)
-    raise BadParameter(where=where, name="layers", rule="a list of layer indices", got=repr(layers), hint="for example layers=[3,6,9].")
+    raise BadParameter(
+        where=where, name="layers", rule="a list of layer indices", got=repr(layers), hint="for example layers=[3,6,9]."
+    )
 
 
 __all__ = ["ALL", "TokenReduction", "most_removable", "quarter_layers"]

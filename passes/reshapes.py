@@ -57,7 +57,9 @@ def _divides(small: sympy.Expr, large: sympy.Expr) -> bool:
     return sympy.fraction(sympy.cancel(large / small))[1] == 1
 
 
-def reshape_with_tokens(before: Sequence[Any], after: Sequence[Any], axes: Axes, live: Sequence[Any], sizes: list[Any]) -> tuple[list[Any], Axes]:
+def reshape_with_tokens(
+    before: Sequence[Any], after: Sequence[Any], axes: Axes, live: Sequence[Any], sizes: list[Any]
+) -> tuple[list[Any], Axes]:
     """Sizes for the live value, and its token axes after the reshape.
 
     Args:
@@ -78,7 +80,11 @@ def reshape_with_tokens(before: Sequence[Any], after: Sequence[Any], axes: Axes,
         if not inside:
             continue
         target = _only(group, after, tokens[inside[0]])
-        if len(inside) > 1 or target is None or any(d not in inside and expression(before[d]) != 1 for d in group.inputs):
+        if (
+            len(inside) > 1
+            or target is None
+            or any(d not in inside and expression(before[d]) != 1 for d in group.inputs)
+        ):
             raise NeedsFullLength("it splits the token axis or folds it into another axis")
         sizes[target] = live[inside[0]]
         dims.append(target)

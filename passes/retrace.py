@@ -1,7 +1,7 @@
 """Re-execution: run an exported graph once more under tracing, with something changed on the way.
 
-Interprets the lifted graph in export's own fake mode, so a new graph has right metadata by construction.  `pre_dispatch`
-keeps attention, linear, layer norm and GELU whole.
+Interprets the lifted graph in export's own fake mode, so a new graph has right metadata by construction.
+`pre_dispatch` keeps attention, linear, layer norm and GELU whole.
 """
 
 from __future__ import annotations

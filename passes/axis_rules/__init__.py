@@ -1,8 +1,8 @@
 """Token-axis rules: for each ATen op, what becomes of the token axes of its inputs.
 
-A rule takes a `Call` and returns the value and its `Axes` (None: no token axis is left).  It raises NeedsFullLength where
-the op reads tokens in a way that only the full sequence answers; ops without a rule count as such.  Shapes agreeing is
-no proof: without a rule nothing passes.
+A rule takes a `Call` and returns the value and its `Axes` (None: no token axis is left).  It raises NeedsFullLength
+where the op reads tokens in a way that only the full sequence answers; ops without a rule count as such.  Shapes
+agreeing is no proof: without a rule nothing passes.
 """
 
 from . import contractions, indexing, pointwise, reductions, shapes

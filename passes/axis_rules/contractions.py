@@ -57,7 +57,7 @@ def matmul(call: Call) -> Answer:
         _untouched(right, {b.dim() - 2})
         dims |= {d + rank - b.dim() for d in right.dims}
         found = found or right
-    if found is None or any(d < rank - 2 for d in dims) and not (left and right):
+    if found is None or (any(d < rank - 2 for d in dims) and not (left and right)):
         raise NeedsFullLength("tokens are a batch axis of a product with another tensor")
     batch = None if found.batch is None else found.batch + rank - (a if found is left else b).dim()
     return call.run(a, b), replace(found, dims=tuple(sorted(dims)), batch=batch)

@@ -51,7 +51,9 @@ def rule_for(target: Any) -> Rule | None:
 
 def pointwise(call: Call) -> Answer:
     """Align all tensors from the right; every token axis of any becomes one of the result."""
-    nodes = [(i, a) for i, a in enumerate(call.node.args) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+    nodes = [
+        (i, a) for i, a in enumerate(call.node.args) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)
+    ]
     rank = max(len(a.meta["val"].shape) for _, a in nodes)
     result, args = None, list(call.args)
     for i, node in nodes:

@@ -1,4 +1,4 @@
-"""Sums, means and extrema: over other axes as they are, over tokens weighted by how many tokens each slot stands for."""
+"""Sums, means and extrema: over other axes as they are, over tokens weighted by the tokens each slot stands for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,14 @@ def extremum(call: Call) -> Answer:
     return call.run(), None
 
 
-@rule(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.cumsum.default, aten.argmax.default, aten.argmin.default)
+@rule(
+    aten.var.correction,
+    aten.std.correction,
+    aten.var_mean.correction,
+    aten.cumsum.default,
+    aten.argmax.default,
+    aten.argmin.default,
+)
 def other_axes_only(call: Call) -> Answer:
     """Known only over axes that are no token axes."""
     if call.node.target not in (aten.var.correction, aten.std.correction):

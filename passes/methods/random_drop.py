@@ -31,7 +31,7 @@ class RandomDrop(TokenReduction):
     seed: int = 0
 
     def default_layers(self, layers: int) -> Sequence[int]:
-        """As the method it controls for: every layer for r, a quarter, half and three quarters of the depth for ratios."""
+        """As the methods it controls for: every layer for r, quarters of the depth for ratios."""
         return range(layers) if self.r is not None else quarter_layers(layers)
 
     def plan(self, tokens: Tokens) -> Plan:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from ...counts import HALF, Term
 from ...rewrite import register
 from ...tokens import Plan, Tokens
@@ -20,9 +22,10 @@ from ..reduction import TokenReduction
 class ToMe(TokenReduction):
     """Merge the r most similar pairs of tokens between attention and MLP, in every layer.
 
-    Tokens are split by parity of position; each even one is compared (cosine of the head-mean key) with all odd ones, and
-    the r best edges merge as a size-weighted mean.  Protected: class and distillation tokens as published, register
-    tokens as our extension.  Order of the result: prefix, unmerged even tokens, odd tokens (part of the method).
+    Tokens are split by parity of position; each even one is compared (cosine of the head-mean key) with all odd ones,
+    and the r best edges merge as a size-weighted mean.  Protected: class and distillation tokens as published,
+    register tokens as our extension.  Order of the result, part of the method: prefix, unmerged even tokens, odd
+    tokens.
 
     Args:
         r: tokens merged per layer; at most half of the unprotected tokens can merge at one layer.
@@ -41,5 +44,5 @@ class ToMe(TokenReduction):
         return self.prop_attn
 
     def plan(self, tokens: Tokens) -> Plan:
-        """Match on the mean over heads of the keys [B, N, D], in float32 (half types cannot tell close cosines apart)."""
-        return match_plan(tokens, tokens.keys.float().mean(1))
+        """Match on the head-mean keys [B, N, D], in float32: half types cannot tell close cosines apart."""
+        return match_plan(tokens, tokens.keys.mean(1, dtype=torch.float32))
