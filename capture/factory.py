@@ -1,0 +1,78 @@
+"""`file.py:function`: a model from the user's own Python, run because the user named it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from ..errors import FactoryFailed
+
+
+def call_factory(path: Path, function: str) -> tuple[nn.Module | ExportedProgram, Any, dict[str, Any]]:
+    """Load the file, call the function without arguments; returns (model, args, kwargs).
+
+    The file's directory is importable meanwhile.  Raises FactoryFailed with the line of the user's file.
+    """
+    spec = f"{path}:{function}"
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        module = _loaded(path, spec)
+        make = getattr(module, function, None)
+        if not callable(make):
+            names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+            near = difflib.get_close_matches(function, names, n=1)
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            raise FactoryFailed(spec=spec, reason=f"the file has no function {function!r}{suggestion}")
+        try:
+            result = make()
+        except Exception as error:
+            raise FactoryFailed(spec=spec, reason=_told(error, path)) from error
+    finally:
+        sys.path.pop(0)
+    return _unpacked(result, spec)
+
+
+def _loaded(path: Path, spec: str) -> ModuleType:
+    name = f"tamis_factory_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickling look modules up by name
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise FactoryFailed(spec=spec, reason=_told(error, path)) from error
+    return module
+
+
+def _told(error: BaseException, path: Path) -> str:
+    """`ValueError: text (line 3)`, the last line that is the user's file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text.rstrip('.')}" + (f" (line {line})" if line else "")
+
+
+def _unpacked(result: Any, spec: str) -> tuple[nn.Module | ExportedProgram, Any, dict[str, Any]]:
+    model, args, kwargs = result, (), {}
+    if isinstance(result, tuple) and 2 <= len(result) <= 3:
+        model, args = result[:2]
+        kwargs = result[2] if len(result) == 3 else {}
+    if not isinstance(model, nn.Module | ExportedProgram) or not isinstance(kwargs, dict):
+        got = (
+            f"({', '.join(type(part).__name__ for part in result)})"
+            if isinstance(result, tuple)
+            else type(result).__name__
+        )
+        raise FactoryFailed(spec=spec, reason=f"it returned {got}")
+    return model, args, kwargs
