@@ -1,0 +1,251 @@
+"""`tamis.compile` and `tamis.load`, and the steps between a model and a `CompiledModel` that the command shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadParameter, CorruptModel, ExampleInputsMissing, TamisError
+from ..graph import TokenGraph
+from ..report import LayerRow, Report, outcome_dict
+from ..rewrite import Pipeline, Result
+from ..target import Target
+from .compiled import CompiledModel
+from .inputs import Call, describe, example_call
+from .recipe import Recipe, versions
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+Step = Callable[[str], None]  # told what starts now
+
+
+def compile(
+    model: Any,
+    args: Any = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    passes: Any,
+    target: str | Target = "auto",
+    dynamic_shapes: Any = "auto",
+    mode: str | None = None,
+    restore: bool = True,
+    token_map: bool = False,
+    allow_noop: bool = False,
+    verify: bool = True,
+) -> CompiledModel:
+    """Rewrite a model so that it computes less, and make it callable.
+
+    The result shares the model's weights; the model itself is not changed.
+
+    Args:
+        model: an `nn.Module` in eval mode, an `fx.GraphModule`, an `ExportedProgram`, or text: the path of a `.pt2`
+            file, `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`.
+        args: example inputs, positional; batch 1 is as good as any.
+        kwargs: example inputs by keyword.
+        passes: pass objects, or text: `"tome:r=13 + evit:keep_ratio=0.7"`, or a list of either.
+        target: "auto" (the device the weights are on), "cpu", "cuda", "cuda:sm_90", "rocm:gfx942".
+        dynamic_shapes: "auto" (batch, and length where the model allows) or as in `torch.export.export`.
+        mode: None runs eagerly; "default", "reduce-overhead" and "max-autotune" go through Inductor.
+        restore: outputs with a token axis get their full length back.
+        token_map: also return, for every original token, the slot it ended in: int64 [B, N], -1 for dropped ones; the
+            model then returns (outputs, token_map).
+        allow_noop: accept passes that change nothing.
+        verify: run original and result once on the example inputs and put the drift into the report; never raises.
+
+    Raises:
+        TamisError: the subclass says what is wrong (see `tamis.errors`); NothingChanged when a pass changed nothing.
+    """
+    options = Options(target, mode, restore, token_map, allow_noop)
+    pipeline = options.checked(passes)
+    graph, call = prepare(model, args, kwargs, dynamic_shapes)
+    return build(graph, call, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
+
+
+def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledModel:
+    """Load what `CompiledModel.save` wrote.  Nothing is unpickled and no code from the file runs.
+
+    The original is not in the file, so `verify` and `benchmark` need it: `load(path).with_original(compiled.original)`.
+
+    Args:
+        path: a `.pt2` file.
+        trusted: allow native code (an AOTInductor package), which runs when it is loaded.
+
+    Raises:
+        ModelNotFound, CorruptModel, PickleRefused, UntrustedNativeCode.
+    """
+    from .package import load_package
+
+    return load_package(os.fspath(path), trusted=trusted)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a result is made, apart from its passes."""
+
+    target: str | Target = "auto"
+    mode: str | None = None
+    restore: bool = True
+    token_map: bool = False
+    allow_noop: bool = False
+
+    def checked(self, passes: Any) -> Pipeline:
+        """Read the passes and check everything that can be checked before work starts."""
+        if str(self.target) != "auto":
+            Target.parse(self.target)
+        if self.mode is not None and self.mode not in MODES:
+            hint = "as in torch.compile; None (no --mode) runs eagerly."
+            raise BadParameter(
+                where="compile", name="mode", rule=f"one of {', '.join(MODES)}", got=repr(self.mode), hint=hint
+            )
+        pipeline = Pipeline.parse(passes)
+        if not pipeline.passes:
+            raise BadParameter(
+                where="compile", name="passes", rule="given", got="none", hint='for example "tome:r=13".'
+            )
+        return pipeline
+
+    def changed(self) -> dict[str, Any]:
+        """Those that differ from the default, for the recipe."""
+        values = {"target": str(self.target), "mode": self.mode, "restore": self.restore, "token_map": self.token_map}
+        values["allow_noop"] = self.allow_noop
+        defaults = {"target": "auto", "mode": None, "restore": True, "token_map": False, "allow_noop": False}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def prepare(model: Any, args: Any = (), kwargs: Any = None, dynamic_shapes: Any = "auto") -> tuple[TokenGraph, Call]:
+    """Capture the model; returns the graph and the example call."""
+    from ..capture import capture
+
+    if isinstance(model, str | os.PathLike):
+        from ..capture.sources import resolve
+
+        source = resolve(os.fspath(model), args, kwargs)
+        graph = capture(source.model, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=source.name)
+        args, kwargs = source.args, source.kwargs
+    else:
+        graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return graph, checked_call(graph, args, kwargs)
+
+
+def checked_call(graph: TokenGraph, args: Any, kwargs: Any) -> Call:
+    """The example call of a captured model; raises ExampleInputsMissing."""
+    call = example_call(graph.program, args, kwargs)
+    if call is None:
+        hint = "pass them as args=(tensor, ...), or save the program with its example inputs."
+        raise ExampleInputsMissing(model=graph.name, hint=hint)
+    return call
+
+
+def build(
+    graph: TokenGraph,
+    call: Call,
+    pipeline: Pipeline,
+    options: Options,
+    *,
+    verify: bool = True,
+    source: str | None = None,
+    step: Step = lambda text: None,
+) -> CompiledModel:
+    """Rewrite a captured model, lower it, and report on it."""
+    step(f"rewriting: {pipeline}")
+    result = pipeline.run(
+        graph,
+        allow_noop=options.allow_noop,
+        restore=options.restore,
+        token_map=options.token_map,
+        symbolic_counts=options.mode is not None,
+    )
+    recipe = Recipe(
+        passes=tuple(map(str, pipeline.passes)),
+        model=source,
+        options=options.changed(),
+        versions=versions(),
+        source_hash=graph.source_hash,
+    )
+    step("lowering")
+    compiled = CompiledModel(
+        graph=result.graph,
+        original=graph,
+        call=call,
+        recipe=recipe,
+        report=_report(graph, result, pipeline, call, recipe),
+        target=_target(options.target, graph),
+        mode=options.mode,
+        token_map=options.token_map,
+    )
+    step("counting tokens and FLOPs")
+    report = _measured(compiled.report, graph, result.graph, call)
+    if verify:
+        step("comparing with the original")
+        report = _verified(report, compiled)
+    compiled.report = report
+    return compiled
+
+
+def _report(graph: TokenGraph, result: Result, pipeline: Pipeline, call: Call, recipe: Recipe) -> Report:
+    from .ledger import ledger
+
+    skipped = [site for site in graph.sites if site.role != "stream"]
+    return Report(
+        name=graph.name,
+        passes=tuple(map(str, pipeline.passes)),
+        outcomes=tuple(map(outcome_dict, result.outcomes)),
+        layers=ledger(graph, result.outcomes, call),
+        inputs=describe(graph.program, call),
+        prefix=graph.prefix,
+        skipped_sites=tuple(
+            {"index": s.index, "node": s.node, "role": s.role, "reason": s.reason or f"its role is {s.role}"}
+            for s in skipped
+        ),
+        versions=recipe.versions,
+    )
+
+
+def _measured(report: Report, graph: TokenGraph, result: TokenGraph, call: Call) -> Report:
+    """FLOPs and measured tokens.  They inform; a result that cannot be counted is still a result."""
+    from ..lowering.flops import count_flops
+    from .ledger import flops_per_layer, with_measured
+
+    args, kwargs = call
+    try:
+        before, nodes_before = count_flops(graph.program, args, kwargs)
+        after, nodes_after = count_flops(result.program, args, kwargs)
+        layers_before = flops_per_layer(graph, graph.program, nodes_before)
+        layers_after = flops_per_layer(graph, result.program, nodes_after)
+        rows = with_measured(report.layers, graph, result.program, call)
+    except Exception as error:
+        return report.with_changes(notes=(*report.notes, f"FLOPs were not counted: {first_line(error)}"))
+    rows = tuple(
+        LayerRow(
+            **{**vars(row), "flops_before": layers_before.get(row.layer), "flops_after": layers_after.get(row.layer)}
+        )
+        for row in rows
+    )
+    return report.with_changes(flops_before=before, flops_after=after, layers=rows)
+
+
+def _verified(report: Report, compiled: CompiledModel) -> Report:
+    args, kwargs = compiled.example_call
+    try:
+        return report.with_changes(drift=compiled.verify(*args, **kwargs))
+    except Exception as error:
+        return report.with_changes(notes=(*report.notes, f"not compared with the original: {first_line(error)}"))
+
+
+def _target(target: str | Target, graph: TokenGraph) -> Target:
+    """The target; "auto" is the device the weights are on, because that is where the result will be called."""
+    if str(target) != "auto":
+        return Target.parse(target)
+    tensors = [*graph.program.state_dict.values(), *graph.program.constants.values()]
+    devices = {tensor.device.type for tensor in tensors if hasattr(tensor, "device")}
+    return Target("cuda" if "cuda" in devices else "cpu")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, with its class unless it is ours."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return text if isinstance(error, TamisError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+__all__ = ["CorruptModel", "Options", "build", "compile", "load", "prepare"]

@@ -1,0 +1,76 @@
+"""Original and result timed in turn, A B A B, so that a machine that slows down slows both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..report import Benchmark
+
+MIN_ROUND_SECONDS = 0.05  # below this a clock tick and a context switch are part of the result
+
+
+def benchmark(
+    original: Callable[[], Any],
+    result: Callable[[], Any],
+    *,
+    repeats: int = 7,
+    shapes: str,
+    device: torch.device | str = "cpu",
+    mode: str | None = None,
+) -> Benchmark:
+    """Time two calls alternately after a warm-up and give the median of the rounds' ratios.
+
+    Each round calls A as often as fills 50 ms, then B as often; the ratio of a round is its A over its B, so slow
+    drifts of the machine cancel.
+
+    Args:
+        original: calls the original model once.
+        result: calls the result once.
+        repeats: rounds, 1 or more.
+        shapes: inputs as text, for the line it prints.
+        device: where both run; CUDA is synchronised around each round.
+        mode: how both were lowered, for the line it prints.
+    """
+    device = torch.device(device)
+    calls = max(_calls_per_round(original, device), 1)
+    _calls_per_round(result, device)
+    a, b = [], []
+    for _ in range(max(1, repeats)):
+        a.append(_seconds(original, calls, device))
+        b.append(_seconds(result, calls, device))
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} x{torch.get_num_threads()}"
+    return Benchmark(
+        speedup=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        original_ms=1e3 * statistics.median(a),
+        result_ms=1e3 * statistics.median(b),
+        rounds=len(ratios),
+        shapes=shapes,
+        device=name,
+        mode=mode or "eager",
+    )
+
+
+def _calls_per_round(call: Callable[[], Any], device: torch.device) -> int:
+    """Warm up (two calls compile and fill caches), then see how many calls fill a round."""
+    _seconds(call, 2, device)
+    return int(MIN_ROUND_SECONDS / max(_seconds(call, 1, device), 1e-9)) + 1
+
+
+def _seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Seconds per call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls

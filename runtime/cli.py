@@ -1,0 +1,204 @@
+"""`optimize-model`: arguments, exit codes, error messages.  The work is in `command.py`, imported once it is needed.
+
+Nothing here imports torch: `--help` and a wrong path answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import TamisError
+
+DESCRIPTION = "Rewrite a transformer so that it computes on fewer tokens, check it, and write it down."
+EPILOG = """\
+INPUT is a .pt2 file, timm:NAME, hf:DIRECTORY_OR_ID, or file.py:function.
+
+examples:
+  optimize-model timm:vit_small_patch16_224 --pass tome:r=13 -o vit-tome.onnx
+  optimize-model hf:./minilm --pass tome:keep_ratio=0.9 --verify data.npz --max-drift 0.05 -o out/
+  optimize-model model.pt2 --check
+  optimize-model --config recipe.yaml
+
+exit codes:
+  0  done                   3  a pass changed nothing (nothing is written)
+  1  failed                 4  the drift is over --max-drift (nothing is written)
+  2  wrong usage or input   5  --bench found it slower than the original (the result is kept)
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}.\n  hint: {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    p = _Parser(
+        "optimize-model",
+        None,
+        DESCRIPTION,
+        EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("input", nargs="?", metavar="INPUT", help="the model")
+    p.add_argument("-m", "--model", metavar="INPUT", help="the model, too")
+    p.add_argument(
+        "-o", "--output", metavar="PATH", help=".onnx, .pt2, or a directory (out/); default {stem}-tamis.onnx"
+    )
+    p.add_argument(
+        "--pass", dest="passes", action="append", metavar="NAME:ARGS", help="a pass; repeat it to chain passes"
+    )
+    p.add_argument("-c", "--config", metavar="FILE", help="replay a recipe.yaml; options given here win")
+    p.add_argument("--overwrite", action="store_true", help="replace existing files")
+    p.add_argument("--version", action="version", version=f"optimize-model {__version__}")
+    _add_questions(p.add_argument_group("questions, which write nothing"))
+    _add_result(p.add_argument_group("the result"))
+    _add_proof(p.add_argument_group("proof"))
+    _add_talk(p.add_argument_group("talk"))
+    return p
+
+
+def _add_questions(group: Any) -> None:
+    group.add_argument("--check", action="store_true", help="what is in the model, and where each pass would apply")
+    group.add_argument("--list-passes", action="store_true", help="all passes and their parameters")
+
+
+def _add_result(group: Any) -> None:
+    # None tells an option that was not given from one that was: those given win over the recipe's.
+    modes = ("default", "reduce-overhead", "max-autotune")
+    group.add_argument("--target", help="auto, cpu, cuda, cuda:sm_90, rocm:gfx942 (default auto)")
+    group.add_argument("--mode", choices=modes, help="run through Inductor; the default is eager")
+    group.add_argument("--inline", action="store_true", default=None, help="ONNX without functions")
+    group.add_argument(
+        "--no-restore",
+        dest="restore",
+        action="store_false",
+        default=None,
+        help="leave token outputs at the reduced length",
+    )
+    group.add_argument("--token-map", action="store_true", default=None, help="also output where every token went")
+    group.add_argument("--allow-noop", action="store_true", default=None, help="accept passes that change nothing")
+
+
+def _add_proof(group: Any) -> None:
+    group.add_argument(
+        "--verify", metavar="DATA", help="compare with the original on a .npz (an array per input) or .npy"
+    )
+    group.add_argument(
+        "--max-drift", type=_budget, metavar="X", help="largest relative L2 difference of any output row (exit 4 above)"
+    )
+    group.add_argument("--bench", action="store_true", help="time it against the original (exit 5 when slower)")
+    group.add_argument("--report", metavar="FILE.json", help="write the report")
+
+
+def _add_talk(group: Any) -> None:
+    group.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="log what happens (-vv: more)")
+    group.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    group.add_argument("--debug", action="store_true", help="tracebacks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    start = time.monotonic()
+    try:
+        options = parser().parse_args(_dashed(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    error: BaseException | None = None
+    try:
+        _check_usage(options)
+        code = _run(options)
+    except TamisError as caught:
+        error, code = caught, caught.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 1
+    except Exception as caught:
+        error, code = caught, 1
+    if error is not None:
+        _complain(error, options.debug)
+    if not options.quiet:
+        word = "PASSED" if code == 0 else "FAILED"
+        print(
+            f"{word} | runtime {time.monotonic() - start:.1f} s | {shlex.join(['optimize-model', *argv])}",
+            file=sys.stderr,
+        )
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Everything that can be refused without torch is refused here."""
+    from .request import Request
+
+    if options.list_passes:
+        from .command import show_passes
+
+        return show_passes(options.json)
+    request = Request.of(options)
+    request.check_paths()
+    from .command import run
+
+    return run(request)
+
+
+def _check_usage(options: argparse.Namespace) -> None:
+    from ..errors import WrongUsage
+
+    if options.input and options.model:
+        raise WrongUsage(problem="the model is given twice, as INPUT and with --model", hint="give it once.")
+    options.input = options.input or options.model
+    if not (options.list_passes or options.input or options.config):
+        raise WrongUsage(problem="no model was given", hint="optimize-model INPUT --pass NAME:ARGS, or --help.")
+    if options.report and not options.report.endswith(".json"):
+        raise WrongUsage(problem=f"--report {options.report}: only JSON is written", hint="end the name in .json.")
+    if options.quiet and options.verbose:
+        raise WrongUsage(problem="--quiet and --verbose exclude each other", hint="give one of them.")
+    if not (options.list_passes or options.check or options.passes or options.config):
+        raise WrongUsage(problem="no passes were given", hint="--pass tome:r=13, or --check to see which would apply.")
+
+
+def _complain(error: BaseException, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    text = str(error) if isinstance(error, TamisError) else f"{type(error).__name__}: {error}"
+    notes = [f"  {note}" for note in getattr(error, "__notes__", [])]
+    if not isinstance(error, TamisError):
+        notes.append("  hint: this is a bug in tamis or its environment; --debug shows the traceback.")
+    print("\n".join([f"error: {text}", *notes]), file=sys.stderr)
+
+
+def _dashed(argv: list[str]) -> list[str]:
+    """`--max_drift=0.1` -> `--max-drift=0.1`: underscores in option names are as good as dashes."""
+
+    def dash(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [*map(dash, argv[:end]), *argv[end:]]
+
+
+def _budget(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,180 @@
+"""The work of `optimize-model`: capture, rewrite, prove, write; and the two questions that write nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DriftTooLarge, SlowerThanOriginal
+from .api import Options, build, checked_call
+from .compiled import CompiledModel
+from .files import copy_companions, whole_directory, write_text
+from .progress import Progress
+from .request import Request
+
+
+def show_passes(as_json: bool) -> int:
+    """`--list-passes`."""
+    from .check import list_passes
+    from .render import print_passes
+
+    passes = list_passes()
+    if as_json:
+        print(json.dumps(passes, indent=2))
+    else:
+        print_passes(passes)
+    return 0
+
+
+def run(request: Request) -> int:
+    """Do what was asked; returns the exit code, or raises a TamisError, which has one."""
+    with _stdout_for_the_result(), _logging(request), Progress(8, quiet=request.quiet) as step:
+        answer = _check(request, step) if request.check else _optimize(request, step)
+    if request.check:
+        _print_check(answer, request.json)
+        return 0
+    _print_report(answer, request.json)
+    benchmark = answer.report.benchmark
+    if benchmark is not None and benchmark.speedup < 1:
+        hint = "the result was kept; try more tokens removed, larger batches or longer inputs, or another mode."
+        raise SlowerThanOriginal(
+            where=answer.report.name, speedup=benchmark.speedup, shapes=benchmark.shapes, hint=hint
+        )
+    return 0
+
+
+def _check(request: Request, step: Progress) -> dict[str, Any]:
+    from .check import check_model
+
+    graph, call, _ = _capture(request, step)
+    return check_model(graph, call, step)
+
+
+def _optimize(request: Request, step: Progress) -> CompiledModel:
+    asked = request.options
+    options = Options(asked["target"], asked["mode"], asked["restore"], asked["token_map"], asked["allow_noop"])
+    pipeline = options.checked(list(request.passes))
+    graph, call, directory = _capture(request, step)
+    if request.recipe is not None:
+        request.recipe.check_source(graph.source_hash, request.config)
+    compiled = build(graph, call, pipeline, options, verify=request.verify is None, source=request.model, step=step)
+    if asked["inline"]:
+        compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, "inline": True})
+    if request.verify:
+        step(f"comparing with the original on {request.verify}")
+        compiled.report = compiled.report.with_changes(drift=_drift(compiled, request.verify))
+    _hold_to_budget(compiled, request)
+    if request.bench:
+        step("timing it against the original")
+        compiled.report = compiled.report.with_changes(benchmark=compiled.benchmark())
+    _write(compiled, request, directory, step)
+    return compiled
+
+
+def _capture(request: Request, step: Progress) -> tuple[Any, Any, Any]:
+    from ..capture import capture
+    from ..capture.sources import resolve
+
+    step(f"loading {request.model}")
+    source = resolve(request.model, (), None)
+    step(f"capturing {source.name}")
+    graph = capture(source.model, source.args, source.kwargs, name=source.name)
+    return graph, checked_call(graph, source.args, source.kwargs), source.directory
+
+
+def _drift(compiled: CompiledModel, path: str) -> Any:
+    from .data import calls_of
+    from .verify import combine
+
+    assert compiled.original is not None
+    calls = calls_of(compiled.original.program, compiled.example_call, path)
+    return combine([compiled.verify(*args, **kwargs) for args, kwargs in calls])
+
+
+def _hold_to_budget(compiled: CompiledModel, request: Request) -> None:
+    if request.max_drift is None:
+        return
+    drift = compiled.report.drift
+    # No comparison is no proof: a budget that could not be checked is missed.
+    found = float("inf") if drift is None or not drift.outputs else drift.relative_l2
+    if not found <= request.max_drift:
+        where = f"{compiled.report.name} with {' + '.join(compiled.report.passes)}"
+        raise DriftTooLarge(where=where, drift=found, budget=request.max_drift)
+
+
+def _write(compiled: CompiledModel, request: Request, directory: Any, step: Progress) -> None:
+    output, inline, overwrite = request.output, request.options["inline"], request.overwrite
+    step(f"writing {output.path}")
+    artifact = {"path": str(output.path), "kind": output.kind}
+    if output.kind == "pt2":
+        _note_artifact(compiled, artifact)
+        compiled.save(output.path, overwrite=overwrite)
+    elif output.kind == "onnx":
+        compiled.export(output.path, inline=inline, overwrite=overwrite)
+        _note_artifact(compiled, {**artifact, "checked": "ONNX Runtime agrees with torch at other sizes"})
+    else:
+        with whole_directory(output.path) as content:
+            compiled.export(content / "model.onnx", inline=inline)
+            _note_artifact(compiled, {**artifact, "checked": "ONNX Runtime agrees with torch at other sizes"})
+            (content / "recipe.yaml").write_text(compiled.recipe.to_yaml(), encoding="utf-8")
+            (content / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
+            copy_companions(directory, content)
+    if request.report:
+        write_text(Path(request.report), compiled.report.to_json() + "\n", overwrite)
+
+
+def _note_artifact(compiled: CompiledModel, artifact: dict[str, Any]) -> None:
+    compiled.report = compiled.report.with_changes(artifacts=(*compiled.report.artifacts, artifact))
+
+
+def _print_check(check: dict[str, Any], as_json: bool) -> None:
+    from .render import print_check
+
+    if as_json:
+        print(json.dumps(check, indent=2, default=str))
+    else:
+        print_check(check)
+
+
+def _print_report(compiled: CompiledModel, as_json: bool) -> None:
+    from .render import print_report
+
+    if as_json:
+        print(json.dumps({**compiled.report.to_dict(), "recipe": compiled.recipe.to_dict()}, indent=2))
+    else:
+        print_report(compiled.report)
+
+
+@contextlib.contextmanager
+def _stdout_for_the_result() -> Iterator[None]:
+    """What libraries print while they work goes to stderr: stdout carries the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _logging(request: Request) -> Iterator[None]:
+    """Warnings of ours always, of others with -v; -v shows our progress, -vv debugging."""
+    level = logging.ERROR if request.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(request.verbose, 2)]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("tamis")
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            if not request.verbose:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before

@@ -1,0 +1,199 @@
+"""`CompiledModel`: the rewritten model as an `nn.Module`, with what is known of it and what can be done with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputMismatch, OriginalMissing
+from ..graph import TokenGraph
+from ..report import Benchmark, Drift, Report
+from ..target import Target
+from .inputs import Call, Inputs, describe, mask_of
+from .recipe import Recipe
+
+
+class CompiledModel(nn.Module):
+    """A rewritten model.  Call it as the original: any batch size, positional or keyword arguments, or one dict.
+
+    report   what changed, tokens per layer, FLOPs, drift (`print(fast.report)`)
+    graph    the rewritten `TokenGraph`;  original: the captured one, None after `tamis.load`
+    recipe   how it was made
+
+    It is a module: `state_dict` has the original's keys, and parameters are shared with the original, so loading
+    weights into one loads them into both.  `eval()` and `train()` only set the flag: the model was captured in eval
+    mode, and dropout stays off.  `to(device)` moves original and result and lowers again; `to(dtype)` and its kin are
+    refused, because a captured graph has the casts of the dtype it was captured in: convert the model, then compile.
+    """
+
+    report: Report
+    recipe: Recipe
+
+    def __init__(
+        self,
+        *,
+        graph: TokenGraph,
+        original: TokenGraph | None,
+        call: Call,
+        recipe: Recipe,
+        report: Report,
+        target: Target,
+        mode: str | None = None,
+        token_map: bool = False,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.original = original
+        self.example_call = call
+        self.recipe = recipe
+        self.report = report
+        self.target = target
+        self.mode = mode
+        self.token_map = token_map
+        self._inputs = Inputs.of(graph.program)
+        self._callables: dict[str, Callable[..., Any]] = {}
+        self._adopt_weights()
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns; with token_map=True (that, token_map [B, N] int64)."""
+        args, kwargs = self._inputs.bind(args, kwargs)
+        return self._lowered("result", self.graph)(*args, **kwargs)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Drift:
+        """Run original and result on these inputs and compare; example inputs when there are none.
+
+        Tokens that an input called `attention_mask` hides are left out of outputs with a token axis.
+
+        Raises:
+            OriginalMissing: the model was loaded from a file.
+        """
+        from .verify import drift, token_outputs_of
+
+        original = self._original("verify")
+        call = self._call(args, kwargs)
+        with torch.no_grad():
+            before = self._lowered("original", original)(*call[0], **call[1])
+            after = self._lowered("result", self.graph)(*call[0], **call[1])
+        after = after[0] if self.token_map else after
+        mask = mask_of(original.program, call)
+        if mask is None:
+            return drift(before, after)
+        return drift(before, after, mask[1], token_outputs_of(original.program, mask[0]))
+
+    def benchmark(self, *args: Any, repeats: int = 7, **kwargs: Any) -> Benchmark:
+        """Time original against result on these inputs, A B A B; example inputs when there are none.
+
+        Both are lowered alike (target and mode).  `print` it: one line.
+
+        Raises:
+            OriginalMissing: the model was loaded from a file.
+        """
+        from .benchmark import benchmark
+
+        original = self._original("benchmark")
+        call = self._call(args, kwargs)
+        before, after = self._lowered("original", original), self._lowered("result", self.graph)
+        shapes = ", ".join(f"{name} {shape}" for name, shape in describe(original.program, call).items())
+        with torch.no_grad():
+            return benchmark(
+                lambda: before(*call[0], **call[1]),
+                lambda: after(*call[0], **call[1]),
+                repeats=repeats,
+                shapes=shapes,
+                device=self.device,
+                mode=self.mode,
+            )
+
+    def export(
+        self, path: str | os.PathLike[str], *, inline: bool = False, overwrite: bool = False, check: bool = True
+    ) -> str:
+        """Write an ONNX file; weights over 2 GB go to `path.data` beside it.  Returns the path.
+
+        With check, ONNX Runtime must agree with torch at another batch size and another length than the example's;
+        otherwise nothing is kept.
+
+        Raises:
+            OutputExists, OutputNotWritable, ExportFailed, BackendMismatch.
+        """
+        from .package import export_checked
+
+        return export_checked(self, os.fspath(path), inline=inline, overwrite=overwrite, check=check)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> str:
+        """Write the rewritten program, its recipe and its report to a `.pt2` file for `tamis.load`.  Returns the path.
+
+        Raises:
+            OutputExists, OutputNotWritable, ExportFailed.
+        """
+        from .package import save_package
+
+        return save_package(self, os.fspath(path), overwrite=overwrite)
+
+    def with_original(self, original: TokenGraph | None) -> CompiledModel:
+        """This model with an original to verify against and to time (a loaded one has none); changes it in place."""
+        self.original = original
+        self._callables.pop("original", None)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; CPU for a model without any."""
+        return next((p.device for p in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+
+    def extra_repr(self) -> str:
+        """The headline of the report."""
+        return self.report.headline()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return self._inputs.bind(args, kwargs) if args or kwargs else self.example_call
+
+    def _original(self, what: str) -> TokenGraph:
+        if self.original is None:
+            raise OriginalMissing(what=what)
+        return self.original
+
+    def _lowered(self, which: str, graph: TokenGraph) -> Callable[..., Any]:
+        if which not in self._callables:
+            from ..lowering.callables import lower
+
+            self._callables[which] = lower(graph.program, self.target, self.mode)
+        return self._callables[which]
+
+    def _adopt_weights(self) -> None:
+        """Hang the program's parameter holders into this module, so that state_dict has the original's keys."""
+        module = self.graph.program.module()
+        own = {"_guards_fn"}
+        self._modules.update({name: child for name, child in module._modules.items() if name not in own})
+        self._parameters.update(module._parameters)
+        self._buffers.update(module._buffers)
+        self._non_persistent_buffers_set |= module._non_persistent_buffers_set
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
+        """Behind to(), cuda(), half()...: a move to another device is done on the programs, another dtype refused."""
+        weights = [*self.parameters(), *self.buffers()]
+        probe = next((w for w in weights if w.is_floating_point()), weights[0] if weights else None)
+        if probe is None:
+            return self
+        there = fn(torch.empty(0, dtype=probe.dtype, device=probe.device))
+        if there.dtype != probe.dtype:
+            rule = f"the compiled model keeps the dtype it was captured in, {probe.dtype}"
+            hint = "convert the original model, then compile it."
+            raise InputMismatch(where="to", rule=rule, got=there.dtype, hint=hint)
+        return self if there.device == probe.device else self._moved(there.device)
+
+    def _moved(self, device: torch.device) -> CompiledModel:
+        from .package import moved
+
+        self.graph = moved(self.graph, device)
+        self.original = None if self.original is None else moved(self.original, device)
+        self.example_call = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), self.example_call)
+        self.target = Target(device.type) if device.type in ("cpu", "cuda") else self.target
+        self._callables.clear()
+        self._adopt_weights()
+        return self

@@ -1,0 +1,98 @@
+"""Data for `--verify`: arrays from `.npz` or `.npy` as calls of a model, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import CorruptModel, InputMismatch, ModelNotFound
+from .inputs import Call, input_nodes
+
+ROWS_PER_CALL = 32
+
+
+def read_arrays(path: str | Path) -> dict[str, Any]:
+    """Arrays by name; a `.npy` file holds one, called "".
+
+    Raises:
+        ModelNotFound: there is no such file.
+        CorruptModel: it is no array file, or it holds Python objects, which would need pickle.
+    """
+    import numpy as np
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelNotFound(path=path, hint="--verify takes a .npz file with one array per input, or a .npy file.")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
+    except (ValueError, OSError, EOFError) as error:
+        raise CorruptModel(path=path, kind="NumPy arrays", reason=str(error).split("\n")[0].rstrip(".")) from error
+
+
+def calls_of(program: ExportedProgram, call: Call, path: str | Path) -> Iterator[Call]:
+    """Calls with the file's rows: 32 at a time, or the example's batch size where the batch is static.
+
+    Numbers are converted to the dtype of the input; the device is the example's.  Inputs that are None in the example
+    call need no array.
+
+    Raises:
+        InputMismatch: names, dtypes' kinds, ranks or row counts do not fit.
+    """
+    leaves, spec = pytree.tree_flatten(call)
+    nodes = input_nodes(program)
+    wanted = {n.name: x for n, x in zip(nodes, leaves, strict=False) if isinstance(x, Tensor)}
+    arrays = read_arrays(path)
+    if set(arrays) == {""}:
+        arrays = {next(iter(wanted), "input"): arrays[""]}
+    _check_names(arrays, wanted, path)
+    tensors = {name: _converted(name, arrays[name], example, path) for name, example in wanted.items()}
+    rows = {x.shape[0] for x in tensors.values()}
+    if len(rows) != 1:
+        _refuse(
+            path, "all arrays must have the same number of rows", sorted(rows), "row i of each array is one example."
+        )
+    count = rows.pop()
+    first = next(n for n in nodes if n.name in wanted)
+    static = isinstance(first.meta["val"].shape[0], int)
+    size = leaves[nodes.index(first)].shape[0] if static else ROWS_PER_CALL
+    if count == 0 or (static and count % size):
+        _refuse(path, f"rows must come in batches of {size}", count, "the model's batch size is static.")
+    for start in range(0, count, size):
+        batch = [
+            tensors[n.name][start : start + size] if n.name in wanted else x
+            for n, x in zip(nodes, leaves, strict=False)
+        ]
+        args, kwargs = pytree.tree_unflatten(batch, spec)
+        yield args, kwargs
+
+
+def _converted(name: str, array: Any, example: Tensor, path: str | Path) -> Tensor:
+    hint = "convert the array; only the width of a number is adapted."
+    if array.dtype.kind not in "fiub":
+        _refuse(path, f"{name} must hold numbers", f"dtype {array.dtype}", hint)
+    value = torch.from_numpy(array)
+    if value.is_floating_point() != example.is_floating_point():
+        _refuse(path, f"{name} must be {example.dtype}", f"dtype {array.dtype}", hint)
+    if value.ndim != example.ndim or value.ndim == 0:
+        shape = list(example.shape)
+        _refuse(path, f"{name} must have {example.ndim} dimensions like {shape}", list(array.shape), "rows come first.")
+    return value.to(example.device, example.dtype)
+
+
+def _check_names(arrays: dict[str, Any], wanted: dict[str, Tensor], path: str | Path) -> None:
+    if set(arrays) != set(wanted):
+        names = ", ".join(wanted)
+        _refuse(
+            path, f"needs one array per input ({names})", ", ".join(arrays) or "none", f"np.savez(path, {names}=...)."
+        )
+
+
+def _refuse(path: str | Path, rule: str, got: Any, hint: str) -> None:
+    raise InputMismatch(where=path, rule=rule, got=got, hint=hint)

@@ -1,0 +1,190 @@
+"""The inputs of a program: their names, binding a call to them, other sizes for checks, and how they read as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import InputMismatch
+from ..graph import shape_text
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Parameters of a program's forward: the first ones positional, the rest by keyword, as the example call had them.
+
+    A positional parameter that is a nested value (a dict, a list) has no name of its own in the program: None.
+    """
+
+    positional: tuple[str | None, ...]
+    keyword: tuple[str, ...]
+
+    @staticmethod
+    def of(program: ExportedProgram) -> Inputs:
+        """Read from the program's input spec and placeholders."""
+        args_spec, kwargs_spec = program.call_spec.in_spec.children()
+        leaves = iter(input_nodes(program))
+        positional: list[str | None] = []
+        for child in args_spec.children():
+            names = [next(leaves).name for _ in range(child.num_leaves)]
+            positional.append(names[0] if child.is_leaf() else None)
+        return Inputs(tuple(positional), tuple(kwargs_spec.context or ()))
+
+    @property
+    def names(self) -> list[str]:
+        """All names, in order."""
+        return [name for name in self.positional if name is not None] + list(self.keyword)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call as the program wants it, however the caller split it into positional and keyword arguments.
+
+        A single dict given for keywords is spread, as tokenizers' results are meant.  Arguments the program does not
+        have are refused unless they are None; missing ones are None.
+
+        Raises:
+            InputMismatch: too many, unknown or doubly given arguments.
+        """
+        kwargs = dict(kwargs)
+        if not self.positional and len(args) == 1 and isinstance(args[0], Mapping):
+            args, kwargs = (), {**args[0], **kwargs}
+        order = [*self.positional, *self.keyword]
+        if len(args) > len(order):
+            self._refuse(f"{len(args)} positional arguments", f"takes {len(order)}")
+        given: dict[int, Any] = dict(enumerate(args))
+        for name, value in kwargs.items():
+            place = order.index(name) if name in order else None
+            if place is None and value is not None:
+                self._refuse(f"an argument {name!r}", "has no such input")
+            if place is not None and place in given:
+                self._refuse(f"{name!r} twice", "takes each input once")
+            if place is not None:
+                given[place] = value
+        values = [given.get(i) for i in range(len(order))]
+        count = len(self.positional)
+        return tuple(values[:count]), dict(zip(self.keyword, values[count:], strict=True))
+
+    def _refuse(self, got: str, rule: str) -> None:
+        names = ", ".join(name or "a nested value" for name in (*self.positional, *self.keyword)) or "none"
+        raise InputMismatch(
+            where="forward", rule=f"the compiled model {rule}", got=got, hint=f"its inputs are {names}."
+        )
+
+
+def input_nodes(program: ExportedProgram) -> list[Any]:
+    """Placeholders of the user's inputs, in flat order; inputs that are None or a number have one too."""
+    lifted = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in lifted]
+
+
+def example_call(program: ExportedProgram, args: Any = (), kwargs: Any = None) -> Call | None:
+    """The call given, or the program's own example inputs; None when there are neither."""
+    if args or kwargs:
+        args = args if isinstance(args, tuple | list) else (args,)
+        return Inputs.of(program).bind(tuple(args), kwargs or {})
+    return program.example_inputs
+
+
+def describe(program: ExportedProgram, call: Call) -> dict[str, str]:
+    """Name of every flat tensor input -> `f32[2, 3, 224, 224]`."""
+    leaves = pytree.tree_leaves(call)
+    nodes = input_nodes(program)
+    return {n.name: shape_text(x) for n, x in zip(nodes, leaves, strict=False) if isinstance(x, Tensor)}
+
+
+def mask_of(program: ExportedProgram, call: Call) -> tuple[str, Tensor] | None:
+    """The attention mask among the inputs, [B, N] with nonzero for real tokens, and its name; None without one."""
+    for node, leaf in zip(input_nodes(program), pytree.tree_leaves(call), strict=False):
+        if "attention_mask" in node.name and isinstance(leaf, Tensor) and leaf.ndim == 2:
+            return node.name, leaf
+    return None
+
+
+def symbols_of(program: ExportedProgram, call: Call) -> dict[Any, int]:
+    """Value of each shape symbol of the inputs in this call."""
+    values: dict[Any, int] = {}
+    for node, leaf in zip(input_nodes(program), pytree.tree_leaves(call), strict=False):
+        for size, actual in zip(getattr(node.meta.get("val"), "shape", ()), getattr(leaf, "shape", ()), strict=False):
+            expression = getattr(getattr(size, "node", None), "expr", None)
+            if expression is not None and expression.is_symbol:
+                values[expression] = int(actual)
+    return values
+
+
+def size_at(size: Any, symbols: dict[Any, int]) -> int | None:
+    """A size as a number once the symbols have values; None when it depends on others."""
+    if isinstance(size, int):
+        return size
+    value = size.node.expr.subs(symbols)
+    return int(value) if value.is_number else None
+
+
+def other_sizes(program: ExportedProgram, call: Call) -> list[Call]:
+    """The call at other sizes: another batch, and where the program has a dynamic length, another length as well.
+
+    Rows are repeated cyclically; lengths are cut (not grown: repeated tokens would tie in every similarity), from the
+    start, or from the end where the start would leave a row of a mask without a token.
+    """
+    symbols = symbols_of(program, call)
+    batch = {s for node in input_nodes(program) for s in _symbols_at(node, slice(0, 1))}
+    lengths = {s for node in input_nodes(program) for s in _symbols_at(node, slice(1, None))} - batch
+    ranges = program.range_constraints
+    grown = {s: _within(ranges.get(s), value + 1, value - 1) for s, value in symbols.items() if s in batch}
+    calls = [_resized(program, call, grown)] if batch else []
+    if lengths:
+        shorter = {
+            s: _within(ranges.get(s), max(1, value * 3 // 4), value + 1) for s, value in symbols.items() if s in lengths
+        }
+        calls.append(_resized(program, call, {**grown, **shorter}))
+    return [resized for resized in calls if resized is not None]
+
+
+def _symbols_at(node: Any, dims: slice) -> set[Any]:
+    sizes = list(getattr(node.meta.get("val"), "shape", ()))[dims]
+    return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))
+
+
+def _within(allowed: Any, first: int, second: int) -> int:
+    if allowed is None or allowed.lower <= first <= allowed.upper:
+        return first
+    return second
+
+
+def _resized(program: ExportedProgram, call: Call, sizes: dict[Any, int]) -> Call | None:
+    symbols = {**symbols_of(program, call), **sizes}
+    for cut in (_from_start, _from_end):
+        leaves, spec = pytree.tree_flatten(call)
+        for i, node in enumerate(input_nodes(program)):
+            if isinstance(leaves[i], Tensor):
+                leaves[i] = _resized_leaf(leaves[i], node.meta["val"], symbols, cut)
+            if leaves[i] is None and node.meta.get("val") is not None:
+                return None
+        resized: Call = pytree.tree_unflatten(leaves, spec)
+        mask = mask_of(program, resized)
+        if mask is None or bool(mask[1].bool().any(1).all()):
+            return resized
+    return None
+
+
+def _resized_leaf(x: Tensor, value: Any, symbols: dict[Any, int], cut: Callable[[int, int], Tensor]) -> Tensor:
+    for axis, size in enumerate(value.shape):
+        wanted = size_at(size, symbols)
+        if wanted is not None and wanted != x.shape[axis]:
+            index = torch.arange(wanted) % x.shape[axis] if axis == 0 else cut(x.shape[axis], wanted)
+            x = x.index_select(axis, index.to(x.device))
+    return x
+
+
+def _from_start(old: int, new: int) -> Tensor:
+    return torch.arange(new).clamp(max=old - 1)
+
+
+def _from_end(old: int, new: int) -> Tensor:
+    return (torch.arange(new) + old - new).clamp(min=0)

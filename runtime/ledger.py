@@ -1,0 +1,110 @@
+"""The token ledger: tokens into and out of every layer, predicted from the count rules and measured in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from ..graph import TokenGraph, op_name
+from ..report import LayerRow
+from ..rewrite import Outcome
+from .inputs import Call, size_at, symbols_of
+
+ATTENTION = ("scaled_dot_product_attention", "tamis.attention")
+
+
+def ledger(graph: TokenGraph, outcomes: Sequence[Outcome], call: Call) -> tuple[LayerRow, ...]:
+    """Tokens per layer of the stream for the lengths of this call, predicted; () without a stream.
+
+    A count is None from the first reduction on whose rule is not known.
+    """
+    rows = []
+    tokens = stream_length(graph, call)
+    for layer in graph.layers:
+        before = tokens
+        for outcome in outcomes:
+            if outcome.applied and outcome.layer == layer.index:
+                tokens = _after(tokens, outcome)
+        rows.append(LayerRow(layer.index, graph.sites[layer.site].module, before, tokens))
+    return tuple(rows)
+
+
+def stream_length(graph: TokenGraph, call: Call) -> int | None:
+    """Tokens in the stream before any reduction, for the lengths of this call."""
+    for layer in graph.layers:
+        for where in ("before_attention", "after_attention", "after_block"):
+            name = layer.cut(where)
+            if name is not None:
+                return size_at(graph.node(name).meta["val"].shape[1], symbols_of(graph.program, call))
+    return None
+
+
+def with_measured(
+    rows: tuple[LayerRow, ...], graph: TokenGraph, result: ExportedProgram, call: Call
+) -> tuple[LayerRow, ...]:
+    """The rows with the query tokens that each layer's attention saw when the result was run.
+
+    Attention is matched by its order in the program; where a rewrite changed the number of sites nothing is filled in.
+    """
+    seen = attention_tokens(result, call)
+    if len(seen) != len(graph.sites):
+        return rows
+    return tuple(replace(row, measured=seen[layer.site]) for row, layer in zip(rows, graph.layers, strict=True))
+
+
+def attention_tokens(program: ExportedProgram, call: Call) -> list[int]:
+    """Query tokens of every attention of the program, in order, in a run on this call."""
+    seen: list[int] = []
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.op == "call_function" and op_name(n) in ATTENTION:
+                output = value[0] if isinstance(value, tuple | list) else value
+                seen.append(int(output.shape[-2]))
+            return value
+
+    args, kwargs = call
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    from torch.utils import _pytree as pytree
+
+    with torch.no_grad():
+        # The interpreter takes the flat inputs: what the module's own pytree code would hand to its graph.
+        Watch(module).run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
+    return seen
+
+
+def flops_per_layer(graph: TokenGraph, program: ExportedProgram, by_node: Mapping[str, int]) -> dict[int, int]:
+    """FLOPs of each layer of the stream in a program that kept the cut nodes' names; {} when it did not.
+
+    A layer is what runs after the previous layer's last cut node, up to and including its own.
+    """
+    ends = {layer.after_block or layer.after_attention: layer.index for layer in graph.layers}
+    starts = graph.layers[0].before_attention if graph.layers else None
+    names = [node.name for node in program.graph.nodes]
+    if None in ends or not ends or not set(ends) <= set(names):
+        return {}
+    totals: dict[int, int] = {}
+    pending, started = 0, starts is None or starts not in names
+    for name in names:
+        if started:
+            pending += by_node.get(name, 0)
+        started = started or name == starts
+        if name in ends:
+            totals[ends[name]] = pending
+            pending = 0
+    return totals
+
+
+def _after(tokens: int | None, outcome: Outcome) -> int | None:
+    if isinstance(outcome.after, int):
+        return outcome.after
+    if tokens is None or outcome.rule is None:
+        return None
+    return int(outcome.rule.out(tokens))

@@ -1,0 +1,65 @@
+"""Reports, checks and the list of passes as tables for a terminal; plain text where there is none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from ..report import HEADINGS, Report, cells
+
+
+def print_report(report: Report) -> None:
+    """The report on stdout."""
+    console = _console()
+    console.print(report.headline(), style="bold", markup=False)
+    if report.layers:
+        console.print(_table(HEADINGS, map(cells, report.layers), numbers=True))
+    for line in report.remarks():
+        console.print(line, markup=False)
+
+
+def print_check(check: dict[str, Any]) -> None:
+    """What `--check` found, on stdout."""
+    console = _console()
+    console.print(f"{check['name']}: {check['summary']}", style="bold", markup=False)
+    for name, shape in check["inputs"].items():
+        console.print(f"input {name}: {shape}", markup=False)
+    if check["sites"]:
+        names = ("site", "node", "module", "role", "heads", "mask", "layer", "why not in the stream")
+        console.print(_table(names, ([*map(str, row.values())] for row in check["sites"])))
+    if check["why_no_stream"]:
+        console.print(f"no token stream: {check['why_no_stream']}", markup=False)
+    rows = ((p["name"], "yes" if p["applies"] else "no", p["tried"], p["layers"], p["reason"]) for p in check["passes"])
+    console.print(_table(("pass", "applies", "tried as", "at layers", "why not elsewhere"), rows))
+
+
+def print_passes(passes: list[dict[str, Any]]) -> None:
+    """The registered passes with their parameters, on stdout."""
+    console = _console()
+    for one in passes:
+        console.print(f"{one['name']}  ({one['family']})", style="bold", markup=False)
+        console.print(f"    {one['doc']}", markup=False)
+        for name, default in one["parameters"].items():
+            console.print(f"    {name} = {default}", markup=False)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Away from a terminal nothing may be cut or wrapped: the reader is a file or another program.
+    width = None if sys.stdout.isatty() else 400
+    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=width is not None)
+
+
+def _table(names: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
