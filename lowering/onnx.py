@@ -1,0 +1,139 @@
+"""`export_onnx`: a program as an ONNX file, its tamis ops as model-local functions of standard operators.
+
+Any ONNX runtime runs the functions' bodies and a viewer shows what was inserted; `inline` is for consumers that know no
+functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass
+from onnxscript.optimizer import optimize
+from torch.export import ExportedProgram
+
+from .. import __version__
+from ..errors import ExportFailed, TamisError
+from ..op import NAMESPACE
+from .onnx_file import LIMIT, refuse_existing, write_whole
+from . import onnx_names as names
+from .onnx_nodes import add_functions, count_translation, refuse_mean_scatter, symbolic_program
+
+OPSET = 18
+
+
+def export_onnx(
+    program: ExportedProgram,
+    path: str | os.PathLike[str],
+    *,
+    inline: bool = False,
+    opset: int = OPSET,
+    metadata: Mapping[str, str] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dimensions: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    external_over: int = LIMIT,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the program to `path`, whole or not at all, and return the path.
+
+    inline         put the bodies of the functions in place of their calls
+    opset          version of the standard operators, 18 or newer
+    metadata       key-value pairs for the file (the recipe)
+    input_names    default: the names of the arguments;  output_names  default: paths in the result
+    dimensions     names of the program's symbols, over those found: batch, sequence
+    external_over  bytes of weights from which on they go to `NAME.onnx.data`
+    check          called with the finished file before it is moved into place; if it raises, nothing is kept
+
+    Raises:
+        OutputExists, OutputNotWritable: before any work where possible.
+        ExportFailed: an operator has no ONNX form, a scatter averages, or the ONNX checker refuses the file.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite=overwrite)
+    refuse_mean_scatter(program.graph, str(path))
+    model = onnx_model(program, str(path), opset=opset, inline=inline)
+    _name_all(model, program, input_names, output_names, dimensions)
+    model.producer_name, model.producer_version = "tamis", __version__
+    model.metadata_props.update(metadata or {})
+
+    def checked(draft: Path) -> None:
+        check_file(draft, shown=str(path))
+        if check is not None:
+            check(draft)
+
+    write_whole(model, path, external_over=external_over, check=checked)
+    return path
+
+
+def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool) -> ir.Model:
+    """The program as an ONNX model in memory; `path` is what errors call it."""
+    symbolic, functions = symbolic_program(program)
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                symbolic, dynamo=True, opset_version=opset, optimize=True, verbose=False, custom_translation_table=count_translation()
+            )
+        model = exported.model
+    except TamisError:
+        raise
+    except Exception as error:
+        hint = "the node named has no ONNX form; a pass cannot change that, another opset may."
+        raise ExportFailed(path=path, kind="ONNX", reason=_innermost(error), hint=hint) from error
+    add_functions(model, functions)
+    if inline:
+        model = optimize(InlinePass()(model).model)
+        model.opset_imports.pop(NAMESPACE, None)
+    return model
+
+
+def check_file(path: Path, shown: str) -> None:
+    """Raise ExportFailed unless the ONNX checker, shape inference included, accepts the file."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        hint = "this is a bug in tamis or in an exporter; please report the model and the recipe."
+        raise ExportFailed(path=shown, kind="ONNX", reason=f"the checker says: {error}", hint=hint) from error
+
+
+def _name_all(
+    model: ir.Model,
+    program: ExportedProgram,
+    inputs: Sequence[str] | None,
+    outputs: Sequence[str] | None,
+    dimensions: Mapping[str, str] | None,
+) -> None:
+    names.rename_dimensions(model, {**names.dimension_names(program), **(dimensions or {})})
+    names.rename_values(model, model.graph.inputs, inputs or [str(value.name) for value in model.graph.inputs])
+    names.rename_values(model, model.graph.outputs, outputs or names.output_names(program))
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter from stdout, which carries results, and its warnings about itself from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,110 @@
+"""Names in an ONNX file: inputs and outputs as the user's module calls them, dimensions by what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """A name for every output tensor: its path in the result (`last_hidden_state`), else `output_0`...
+
+    Outputs that are None have no value in the file and no name here.
+    """
+    paths = _paths(program.call_spec.out_spec)
+    names = ["_".join(path) for path in paths]
+    names = [f"output_{name}" if re.fullmatch(r"[\d_]+", name) else name or "output_0" for name in names]
+    values = program.graph.output_node().args[0][-len(names) :]  # type: ignore[index]
+    return [name for name, value in zip(names, values, strict=True) if value is not None]
+
+
+def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    if spec.is_leaf():
+        yield ()
+        return
+    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    for key, child in zip(_keys(spec, len(children)), children, strict=True):
+        yield from ((key, *path) for path in _paths(child))
+
+
+def _keys(spec: pytree.TreeSpec, count: int) -> Sequence[str]:
+    """Field names where the container has them, else indices."""
+    context, kind = spec.context, spec.type
+    if isinstance(context, list | tuple) and len(context) and isinstance(context[0], list):
+        context = context[0]  # a dataclass: its fields, and those that are None
+    if isinstance(context, list | tuple) and len(context) == count and all(isinstance(one, str) for one in context):
+        return list(context)
+    if fields := getattr(context, "_fields", None) or getattr(kind, "_fields", None):
+        return list(fields)
+    if dataclasses.is_dataclass(kind) and len(dataclasses.fields(kind)) == count:
+        return [one.name for one in dataclasses.fields(kind)]
+    return [str(i) for i in range(count)]
+
+
+def dimension_names(program: ExportedProgram) -> dict[str, str]:
+    """What the symbols of the program's inputs are: `batch` (first axis) or `sequence` (another axis).
+
+    Where inputs have axes of their own, later ones are `batch_2`, and so on.
+    """
+    names: dict[str, str] = {}
+    user_inputs = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in user_inputs:
+            continue
+        for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if isinstance(size, torch.SymInt) and str(size).isidentifier() and str(size) not in names:
+                stem = "sequence" if axis else "batch"
+                taken = sum(name.startswith(stem) for name in names.values())
+                names[str(size)] = f"{stem}_{taken + 1}" if taken else stem
+    return names
+
+
+def rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Replace symbols by names in every shape of the model's graph, also inside expressions such as `197*s77`.
+
+    Symbols without a name are token counts: `tokens_1`, `tokens_2`... in the order of the graph.
+    """
+    known = dict(names)
+
+    def name(word: re.Match[str]) -> str:
+        symbol = word[0]
+        if symbol not in known and re.fullmatch(r"[su]\d+", symbol):
+            known[symbol] = f"tokens_{len(known) - len(names) + 1}"
+        return known.get(symbol, symbol)
+
+    for value in _values(model.graph):
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                value.shape[axis] = ir.SymbolicDim(re.sub(r"\b[A-Za-z_]\w*\b", name, size.value))  # type: ignore[index]
+
+
+def rename_values(model: ir.Model, values: Sequence[ir.Value], names: Sequence[str]) -> None:
+    """Give the model's inputs or outputs their names; another value that has one of them makes way."""
+    wanted = dict(zip(names, values, strict=True))
+    for value in _values(model.graph):
+        if value.name in wanted and value is not wanted[value.name]:
+            _set_name(model, value, f"{value.name}_inner")
+    for name, value in wanted.items():
+        if value.name != name:
+            _set_name(model, value, name)
+
+
+def _set_name(model: ir.Model, value: ir.Value, name: str) -> None:
+    value.name = name  # an initializer's entry in the graph follows
+    if value.const_value is not None:
+        value.const_value.name = name
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from list(graph.initializers.values())
+    for node in graph:
+        yield from node.outputs
