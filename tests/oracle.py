@@ -1,0 +1,230 @@
+"""Reduced forwards written by hand: what every rewritten graph must equal.
+
+Nothing here uses the rewriter or the ops that apply plans: the block is spelled out over the model's own submodules,
+attention is an explicit softmax, and plans are applied from their definition as one-hot matrices.  Only the method's
+own `plan` is shared, because *that* is under test elsewhere and its decisions must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tamis.rewrite import parse_passes
+from tamis.tokens import Attention, Plan, Tokens
+
+if TYPE_CHECKING:
+    from tamis.passes.reduction import TokenReduction
+
+
+@dataclass
+class Stream:
+    """The token stream of one forward: what was reduced so far, and what attention must know of it."""
+
+    methods: Sequence[TokenReduction]
+    layers: int
+    prefix: int
+    valid: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    sizes: Tensor | None = None
+    size_bias: bool = False
+    source: Tensor | None = None
+    original_valid: Tensor | None = None
+    leaders: Tensor | None = None  # [B, N] original index of every slot's leader
+    counts: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, before, after) of every reduction
+    plans: list[Plan] = field(default_factory=list)
+    _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.original_valid = self.valid
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """softmax(q k^T * scale + bias) v, heads joined; [B, H, N, D] each -> [B, N, H * D]."""
+        self._qkv = (q, k, v, scale)
+        return (self._probabilities(q) @ v).transpose(1, 2).flatten(2)
+
+    def _probabilities(self, queries: Tensor) -> Tensor:
+        _, k, _, scale = self._now()
+        logits = queries @ k.transpose(-1, -2) * scale
+        return (logits + self._key_bias(logits)[:, None, None]).softmax(-1)
+
+    def _now(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        assert self._qkv is not None
+        return self._qkv
+
+    def _key_bias(self, like: Tensor) -> Tensor:
+        bias = like.new_zeros(like.shape[0], like.shape[-1])
+        if self.size_bias and self.sizes is not None:
+            bias = bias + self.sizes.to(like.dtype).clamp(min=1e-30).log()
+        return bias if self.valid is None else bias.masked_fill(~self.valid, float("-inf"))
+
+    def cut(self, where: str, layer: int, x: Tensor) -> Tensor:
+        """The stream after every method that wants this place."""
+        for method in self.methods:
+            if method.where == where and layer in method.selected(self.layers):
+                x = self._reduce(method, layer, x)
+        return x
+
+    def _reduce(self, method: TokenReduction, layer: int, x: Tensor) -> Tensor:
+        rule = method.rule(layer, self.layers, self.prefix)
+        if rule.is_identity or (self.valid is None and rule.removed(x.shape[1]) == 0):
+            return x
+        tokens = self._view(rule, layer, x)
+        plan = method.plan(tokens)
+        check_plan(plan, tokens)
+        self.counts.append((layer, x.shape[1], plan.out))
+        x = apply_plan(plan, x)
+        self._compose(plan, tracks=method.tracks_sizes)
+        return x
+
+    def _view(self, rule: Any, layer: int, x: Tensor) -> Tokens:
+        q, k, v, _ = self._now()
+        return Tokens(
+            hidden=x,
+            rule=rule,
+            out=rule.out(x.shape[1]),
+            prefix=self.prefix,
+            layer=layer,
+            layers=self.layers,
+            sizes=self.sizes,
+            valid=self.valid,
+            grid=self.grid,
+            _tensors={
+                "queries": lambda: q,
+                "keys": lambda: k,
+                "values": lambda: v,
+                "positions": lambda: self._positions(x),
+                "source": lambda: self._source_now(x),
+            },
+            _attention=lambda: Attention(lambda rows: self._probabilities(rows).float(), self._class_query),
+        )
+
+    def _class_query(self) -> Tensor:
+        q = self._now()[0]
+        if self.valid is None:
+            return q[:, :, :1]
+        first = self.valid.int().argmax(1)
+        return torch.stack([q[b, :, i : i + 1] for b, i in enumerate(first.tolist())])
+
+    def _source_now(self, x: Tensor) -> Tensor:
+        if self.source is not None:
+            return self.source
+        places = torch.arange(x.shape[1]).expand(x.shape[0], -1)
+        return places if self.valid is None else places.masked_fill(~self.valid, -1)
+
+    def _positions(self, x: Tensor) -> Tensor:
+        batch, now = x.shape[:2]
+        length = now if self.source is None else self.source.shape[1]
+        everywhere = torch.ones(batch, length, dtype=torch.bool) if self.original_valid is None else self.original_valid
+        ranks = (everywhere.long().cumsum(1) - 1).clamp(min=0)
+        return ranks if self.leaders is None else ranks.gather(1, self.leaders)
+
+    def _compose(self, plan: Plan, *, tracks: bool) -> None:
+        before = self._sizes_before(plan)
+        merges = plan.moved is not None and plan.counts_sizes
+        if plan.sizes is not None:
+            self.sizes = plan.sizes
+        elif merges or self.sizes is not None:
+            self.sizes = torch.einsum("bsn,bn->bs", one_hot(plan).float(), before)
+        self.size_bias = self.size_bias or (tracks and self.sizes is not None)
+        self.leaders = plan.leader if self.leaders is None else self.leaders.gather(1, plan.leader)
+        slot = plan.slot if self.source is None else plan.slot.gather(1, self.source.clamp(min=0))
+        self.source = slot if self.source is None else torch.where(self.source < 0, -1, slot)
+        self.valid = plan.valid
+        self.plans.append(plan)
+
+    def _sizes_before(self, plan: Plan) -> Tensor:
+        if self.sizes is not None:
+            return self.sizes
+        return torch.ones(plan.slot.shape) if self.valid is None else self.valid.float()
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[B, N', C] back to [B, N, C]: every original token gets its slot's value, dropped ones and padding zeros."""
+        if self.source is None:
+            return x
+        full = x.new_zeros(x.shape[0], self.source.shape[1], x.shape[2])
+        for b, row in enumerate(self.source):
+            full[b, row >= 0] = x[b, row[row >= 0]]
+        return full
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the tokens after the prefix, each counted as often as it has original tokens."""
+        if self.sizes is None:
+            assert self.valid is None
+            return x[:, self.prefix :].mean(1)
+        weight = self.sizes[:, self.prefix :, None].to(x.dtype)
+        return (x[:, self.prefix :] * weight).sum(1) / weight.sum(1)
+
+
+def one_hot(plan: Plan) -> Tensor:
+    """[B, N', N] bool: which tokens are in which slot."""
+    return plan.slot.unsqueeze(1) == torch.arange(plan.out).reshape(1, -1, 1)
+
+
+def apply_plan(plan: Plan, x: Tensor) -> Tensor:
+    """The definition of `Plan`: the weighted sum or mean of each slot's tokens; zeros where a slot has none."""
+    wide = x.double()
+    matrix = one_hot(plan).double()
+    if plan.weight is not None:
+        matrix = matrix * plan.weight.double().unsqueeze(1)
+    sums = matrix @ torch.where(plan.slot.unsqueeze(-1) >= 0, wide, 0.0)
+    if plan.normalize:
+        total = matrix.sum(-1, keepdim=True)
+        sums = sums / torch.where(total == 0, 1.0, total)
+    return sums.to(x.dtype)
+
+
+def check_plan(plan: Plan, tokens: Tokens) -> None:
+    """What every plan promises, whoever made it."""
+    batch, n = tokens.hidden.shape[:2]
+    valid_in = torch.ones(batch, n, dtype=torch.bool) if tokens.valid is None else tokens.valid
+    valid_out = torch.ones(batch, plan.out, dtype=torch.bool) if plan.valid is None else plan.valid
+    assert plan.slot.shape == (batch, n)
+    assert plan.leader.shape == (batch, plan.out)
+    assert -1 <= int(plan.slot.min()) <= int(plan.slot.max()) < plan.out
+    assert (plan.slot[~valid_in] == -1).all(), "padding is in no slot"
+    if not plan.drops:
+        assert (plan.slot[valid_in] >= 0).all(), "a token was dropped though the plan says none is"
+    slots = torch.arange(plan.out).expand(batch, -1)
+    led = plan.slot.gather(1, plan.leader)
+    assert torch.equal(led[valid_out], slots[valid_out]), "a leader is in its own slot"
+    assert torch.equal(valid_out, one_hot(plan).any(-1)), "valid slots are those that hold a token"
+    expected = [tokens.rule.out(int(count)) for count in valid_in.sum(1)]
+    assert valid_out.sum(1).tolist() == expected, "every row has the count that the rule gives"
+    for b in range(batch):
+        rank = torch.nonzero(valid_in[b]).flatten()[: tokens.prefix]
+        assert plan.slot[b, rank].tolist() == list(range(len(rank))), "prefix tokens stay in front"
+        _check_moved(plan, b)
+
+
+def _check_moved(plan: Plan, b: int) -> None:
+    valid = torch.ones(plan.out, dtype=torch.bool) if plan.valid is None else plan.valid[b]
+    leaders = set(plan.leader[b][valid].tolist())
+    merged = {i for i, slot in enumerate(plan.slot[b].tolist()) if slot >= 0 and i not in leaders}
+    moved = [] if plan.moved is None else plan.moved[b].tolist()
+    assert merged <= set(moved), "every token that joins another's slot is listed in moved"
+    assert [i for i in moved if i in merged] == sorted(merged), "moved is ascending and names each token once"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """outputs in the model's order, and the stream that made them."""
+
+    outputs: list[Tensor]
+    stream: Stream
+
+
+@torch.no_grad()
+def reduced_forward(family: Any, model: nn.Module, inputs: Any, passes: Any = ()) -> Answer:
+    """The outputs of `model` with `passes`, from the hand-written forward of its family; no passes: the dense model."""
+    from oracles import FORWARDS
+
+    args, kwargs = inputs
+    make = FORWARDS[family.oracle]
+    methods = parse_passes(passes) if passes else []
+    outputs, stream = make(model, family, methods, *args, **kwargs)
+    return Answer(outputs, stream)

@@ -1,0 +1,147 @@
+"""What the user reads when a pass is asked for in a way that cannot be meant, by its text."""
+
+from __future__ import annotations
+
+import pytest
+from rewriting import captured, rewritten
+
+from tamis.errors import (
+    BadParameter,
+    BadPassText,
+    NothingChanged,
+    TooManyRemoved,
+    UnknownParameter,
+    UnknownPass,
+)
+from tamis.rewrite import Pipeline
+
+
+def message(error: type[Exception], action) -> str:
+    with pytest.raises(error) as caught:
+        action()
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "expected"),
+    [
+        (
+            "tome:keep_ratio=1.3",
+            BadParameter,
+            "tome: keep_ratio must be in (0, 1], got 1.3.\n  hint: keep_ratio is the fraction kept; 0.3 removes 70%.",
+        ),
+        (
+            "random:keep_ratio=0",
+            BadParameter,
+            "random: keep_ratio must be in (0, 1], got 0.\n  hint: keep_ratio is the fraction kept; 0.3 removes 70%.",
+        ),
+        (
+            "tome:r=-1",
+            BadParameter,
+            "tome: r must be whole numbers >= 0, got -1.\n  hint: r is tokens removed per layer.",
+        ),
+        (
+            "tome:r=1.5",
+            BadParameter,
+            "tome: r must be whole numbers >= 0, got 1.5.\n  hint: r is tokens removed per layer.",
+        ),
+        (
+            "tome:r=many",
+            BadParameter,
+            "tome: r must be a number, a->b, [list], {layer: amount} or (r, inflection), got 'many'.\n"
+            "  hint: for example r=13 or r=26->0.",
+        ),
+        (
+            "tome",
+            BadParameter,
+            "tome: r or keep_ratio must be given, one of them, got neither.\n  hint: for example r=8.",
+        ),
+        (
+            "tome:r=3,keep_ratio=0.5",
+            BadParameter,
+            "tome: r or keep_ratio must be given, one of them, got both.\n  hint: for example r=8.",
+        ),
+        (
+            "tome:r=3,layers=all",
+            BadParameter,
+            "tome: layers must be a list of layer indices, got 'all'.\n  hint: for example layers=[3,6,9].",
+        ),
+        (
+            "tone:r=3",
+            UnknownPass,
+            "unknown pass 'tone'; did you mean tome?.\n  hint: optimize-model --list-passes shows all of them.",
+        ),
+        (
+            "zzz",
+            UnknownPass,
+            "unknown pass 'zzz'.\n  hint: optimize-model --list-passes shows all of them.",
+        ),
+        (
+            "tome:ratio=0.3",
+            UnknownParameter,
+            "tome: no parameter 'ratio'.\n"
+            "  hint: write keep_ratio=0.7; keep_ratio is the fraction kept, everywhere in tamis.",
+        ),
+        (
+            "evit:keep_rate=0.7",
+            UnknownParameter,
+            "evit: no parameter 'keep_rate'.\n"
+            "  hint: write keep_ratio=0.7; keep_ratio is the fraction kept, everywhere in tamis.",
+        ),
+        (
+            "tome:r=3,layer=[1]",
+            UnknownParameter,
+            "tome: no parameter 'layer'; did you mean layers?.\n  hint: it takes r, keep_ratio, layers, prop_attn.",
+        ),
+        (
+            "tome:13",
+            BadPassText,
+            "cannot read the pass 'tome:13': '13' is not key=value.\n"
+            "  hint: write name:key=value,key=value, for example tome:r=13.",
+        ),
+        (
+            "13:tome",
+            BadPassText,
+            "cannot read the pass '13:tome': it does not start with a name.\n"
+            "  hint: write name:key=value,key=value, for example tome:r=13.",
+        ),
+    ],
+)
+def test_parameters(text, error, expected):
+    assert message(error, lambda: Pipeline.parse(text)).replace("?.", "?") == expected.replace("?.", "?")
+
+
+def test_a_layer_that_does_not_exist():
+    text = message(BadParameter, lambda: rewritten("vit_mean", "tome:r=3,layers=[3]"))
+    assert text == ("tome: layers must be between 0 and 2, got 3.\n  hint: the model has 3 layers.")
+
+
+def test_more_tokens_than_there_are_is_an_error_at_the_first_layer():
+    text = message(TooManyRemoved, lambda: rewritten("vit_mean", "tome:r=19"))
+    assert text == (
+        "tome at layer 0 (body.blocks.0.attn): r=19 tokens cannot be removed from 37 tokens of which 1 are protected; "
+        "at most 18 can.\n  hint: use r=18 or less, or a schedule that falls, such as r=18->0."
+    ).replace("body.", "")
+
+
+def test_more_tokens_than_are_left_is_clamped_at_later_layers():
+    result = rewritten("vit_mean", "tome:r=18")
+    assert [(o.before, o.after) for o in result.outcomes] == [(37, 19), (19, 10), (10, 6)]
+
+
+def test_a_pass_that_changes_nothing_says_where_and_why():
+    text = message(NothingChanged, lambda: rewritten("vit_mean", "tome:r=0"))
+    assert text == (
+        "tome:r=0: asked for, but nothing in the model changed.\n"
+        "  layer 0: nothing to remove here (r=0 or keep_ratio=1)\n"
+        "  layer 1: nothing to remove here (r=0 or keep_ratio=1)\n"
+        "  layer 2: nothing to remove here (r=0 or keep_ratio=1)\n"
+        "  hint: allow_noop=True (--allow-noop) accepts a result equal to the original."
+    )
+    assert NothingChanged.exit_code == 3
+
+
+def test_one_idle_pass_among_others_is_an_error_too():
+    text = message(NothingChanged, lambda: Pipeline.parse("tome:r=3 + random:r=0").run(captured("vit_mean")))
+    assert text.startswith("random:r=0: asked for, but nothing in the model changed.")
