@@ -131,6 +131,8 @@ def _drop_native_dropout(node: fx.Node) -> None:
         if user.target is operator.getitem and user.args[1] == 0:
             user.replace_all_uses_with(node.args[0])
             node.graph.erase_node(user)
+    if not node.users:  # dead code elimination keeps random ops
+        node.graph.erase_node(node)
 
 
 def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:

@@ -74,6 +74,7 @@ def copied(program: ExportedProgram) -> fx.GraphModule:
     graph.output(value).meta.update(original.meta)
     for old, new in val_map.items():
         new.meta = copy.copy(old.meta)
+        new.name = old.name  # copying avoids names of builtins, such as `input`, that export itself gives
     result = fx.GraphModule(program.graph_module, graph)
     result.meta.update(program.graph_module.meta)
     return result

@@ -116,15 +116,15 @@ def _require_unused(softmax: fx.Node, out: fx.Node) -> None:
 def _logits(node: Any) -> tuple[fx.Node, list[Mask], float]:
     """Walk from the softmax's input to `q @ k^T`; masks come back from the inside out."""
     masks: list[Mask] = []
-    scale = 1.0
+    scale, scaled = 1.0, ""
     while _op(node) not in MATMULS:
         factor = _factor(node)
         if factor is not None:
-            scale *= factor
+            scale, scaled = scale * factor, node.name
             node = node.args[0]
         elif (mask := _mask(node)) is not None:
-            if scale != 1.0:
-                raise NearMiss(f"the logits are scaled (at {node.name}) after a mask was applied")
+            if scaled:
+                raise NearMiss(f"the logits are scaled (at {scaled}) after a mask was applied (at {node.name})")
             node, addition = mask
             masks.insert(0, addition)
         elif _op(node) in PASSED_ON:
