@@ -11,13 +11,18 @@ if TYPE_CHECKING:
 
 
 def capture(
-    model: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto", name: str | None = None
+    model: Any,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    name: str | None = None,
 ) -> "TokenGraph":
     """Capture a model: its exported program in canonical form, with attention sites, token stream and cut points.
 
     Args:
-        model: an `nn.Module` in eval mode, `fx.GraphModule`, `ExportedProgram`, or a path or name (`x.pt2`, `timm:NAME`,
-            `hf:DIR_OR_ID`, `file.py:function`).
+        model: an `nn.Module` in eval mode, `fx.GraphModule`, `ExportedProgram`, or a path or name (`x.pt2`,
+            `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`).
         args, kwargs: example inputs; batch and, for token ids, length become dynamic.  A batch-1 example works.
         dynamic_shapes: "auto", or as in `torch.export.export`.
         name: what to call the model in reports.

@@ -36,7 +36,10 @@ def analyse(program: ExportedProgram, name: str = "model") -> TokenGraph:
     graph = TokenGraph(program, sites, layers, name=name, source_hash=structure_hash(program))
     if not layers:
         raise _why_no_stream(graph)
-    start, end = _node(graph, layers[0].before_attention), _node(graph, layers[-1].after_block or layers[-1].after_attention)
+    start, end = (
+        _node(graph, layers[0].before_attention),
+        _node(graph, layers[-1].after_block or layers[-1].after_attention),
+    )
     prefix, class_token = find_prefix(program, start, end)
     return replace(graph, prefix=prefix, class_token=class_token, grid=find_grid(start, prefix))
 
@@ -82,7 +85,12 @@ def _why_no_stream(graph: TokenGraph) -> TamisError:
     if regroup is not None:
         seen = node.args[0].meta["val"].shape[-2]  # type: ignore[union-attr]
         return WindowedAttention(
-            model=graph.name, sites=len(graph.sites), node=site.module or site.node, where=where, seen=seen, regroup=regroup.name
+            model=graph.name,
+            sites=len(graph.sites),
+            node=site.module or site.node,
+            where=where,
+            seen=seen,
+            regroup=regroup.name,
         )
     return NoTokenStream(
         model=graph.name,
@@ -99,7 +107,9 @@ def _regrouped_by(attention: fx.Node, program: ExportedProgram) -> fx.Node | Non
     q: Any = attention.args[0]
     batch = q.meta["val"].shape[0]
     inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
-    if not isinstance(batch, torch.SymInt) or any(same(batch, n.meta["val"].shape[0]) for n in inputs if n.meta["val"].dim()):
+    if not isinstance(batch, torch.SymInt) or any(
+        same(batch, n.meta["val"].shape[0]) for n in inputs if n.meta["val"].dim()
+    ):
         return None
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     chain = sorted((n for n in ancestors(q) | {q} if n.target in REGROUPS), key=order.__getitem__, reverse=True)

@@ -71,7 +71,9 @@ def _constants(program: ExportedProgram) -> dict[str, Tensor]:
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     found = {place: program.state_dict.get(name, program.constants.get(name)) for place, name in names.items()}
-    found.update({place: program.constants[name] for place, name in signature.inputs_to_lifted_tensor_constants.items()})
+    found.update(
+        {place: program.constants[name] for place, name in signature.inputs_to_lifted_tensor_constants.items()}
+    )
     return {place: value for place, value in found.items() if isinstance(value, Tensor)}
 
 

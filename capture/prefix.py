@@ -60,7 +60,12 @@ def _joined(program: ExportedProgram, node: fx.Node) -> list[fx.Node]:
 
 def _same_tokens(node: fx.Node, shape: Any) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() == 3 and same(value.shape[1], shape[1]) and same(value.shape[0], shape[0])
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 3
+        and same(value.shape[1], shape[1])
+        and same(value.shape[0], shape[0])
+    )
 
 
 def _reads_values(node: fx.Node, inputs: set[fx.Node]) -> bool:

@@ -6,7 +6,8 @@ Interprets the lifted graph in export's own fake mode, so a new graph has right 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +26,25 @@ def retrace(program: ExportedProgram, run: Callable[..., list[Any]]) -> fx.Graph
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders]
     mode = detect_fake_mode(values)
-    with mode, preserve_node_meta(), torch.no_grad():
+    with mode, _without_cache(mode), preserve_node_meta(), torch.no_grad():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     _restore_placeholders(traced, placeholders)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+@contextmanager
+def _without_cache(mode: Any) -> Iterator[None]:
+    """Every layer has another token count, so entries of the fake mode's cache are made (a third of the time), not hit."""
+    before = getattr(mode, "cache_enabled", None)
+    if before is not None:
+        mode.cache_enabled = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            mode.cache_enabled = before
 
 
 def _restore_placeholders(traced: fx.GraphModule, originals: list[fx.Node]) -> None:
