@@ -37,7 +37,7 @@ from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS, rule_inputs
 from .precision import compute_dtype
-from .rows import ascending, slot_leaders, take_rows
+from .rows import ascending, first_columns, slot_leaders, take_rows
 
 
 def reference(
@@ -68,9 +68,9 @@ def _match_all(unit: Tensor, out: int, prefix: int) -> tuple[Tensor, Tensor, Ten
     moved, stay = first_a + 2 * merging, first_a + 2 * staying
     slot = _slots_of_rest(position, prefix, first_b, slot_of_b).expand(batch, tokens)
     slot = slot.scatter(1, torch.cat([stay, moved], 1), slots)
-    ends = position[:prefix].expand(batch, -1), position[first_b::2].expand(batch, -1)
-    # cut to `out`: the same length, but known to be so without comparing expressions
-    return slot, torch.cat([ends[0], stay, ends[1]], 1)[:, :out], moved
+    protected, others = position[:prefix].expand(batch, -1), position[first_b::2].expand(batch, -1)
+    leader = torch.cat([protected, stay, others], 1)  # `out` long, which symbols do not know yet
+    return slot, first_columns(leader, out), moved
 
 
 def _match_real(unit: Tensor, valid: Tensor, out: int, rule: CountRule) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from onnxscript import script
 from torch import Tensor
 
-from ..op import Op, OnnxCall, define_op
+from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .rows import take_rows

@@ -18,19 +18,25 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(batch, index.shape[1], *x.shape[2:])
 
 
+def first_columns(index: Tensor, count: int) -> Tensor:
+    """index[:, :count] where there are at least that many: a gather, which unlike a slice compares no symbols."""
+    column = torch.arange(count, device=index.device)
+    return index.gather(1, column.expand(index.shape[0], count))
+
+
 def slot_leaders(slot: Tensor, leads: Tensor, out: int) -> Tensor:
     """[B, out] int64: the token that leads each slot, 0 where none does.  slot [B, N] int64, leads [B, N] bool."""
     # column `out` takes what does not lead, and is cut off again
     table = slot.new_zeros((slot.shape[0], out + 1))
     place = torch.where(leads, slot, out)
-    return table.scatter(1, place, _positions(slot))[:, :out]
+    return table.scatter(1, place, _positions(slot))[:, :out].contiguous()
 
 
 def ascending(chosen: Tensor, length: int, spare: Tensor) -> Tensor:
     """[B, length] int64: indices of the chosen tokens in ascending order, then `spare` [B, 1] in unused entries."""
     table = spare.expand(spare.shape[0], length + 1)
     place = torch.where(chosen, chosen.cumsum(1) - 1, length)
-    return table.scatter(1, place, _positions(place))[:, :length]
+    return table.scatter(1, place, _positions(place))[:, :length].contiguous()
 
 
 def _positions(like: Tensor) -> Tensor:

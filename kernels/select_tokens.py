@@ -18,8 +18,8 @@ slot.
 
 Exact: nothing is computed but an order.  Ties: lowest index (stable).  NaN scores count as -inf.  Raises nothing of its
 own.  ONNX compares in float64, so int64 scores beyond 2^53 are not told apart there.
-Source: methods cards 7.2 (EViT) and 8.2 (random drop).  Differs: stable order; the fused slot is a plan, its weights are
-the caller's; any number of protected tokens; padding.
+Source: methods cards 7.2 (EViT) and 8.2 (random drop).  Differs: stable order; the fused slot is a plan, its weights
+are the caller's; any number of protected tokens; padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..counts import CountRule, at_most, keep_at_least
 from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS, rule_inputs
-from .rows import ascending, slot_leaders
+from .rows import ascending, first_columns, slot_leaders
 
 Plan = tuple[Tensor, Tensor, Tensor]
 
@@ -59,10 +59,10 @@ def _select_all(scores: Tensor, _: None, out: int, rule: CountRule, in_order: bo
         kept = tokens - prefix - rule.removed(tokens) if fuse else out - prefix
         rest = torch.cat([ranked[:, :kept].sort(dim=1).values, ranked[:, kept:]], 1)
     position = torch.arange(tokens, device=scores.device).expand(batch, -1)
-    leader = torch.cat([position[:, :prefix], rest], 1)[:, :out]
+    leader = first_columns(torch.cat([position[:, :prefix], rest], 1), out)
     # what leads no slot is dropped: into the last slot or into none
     slot = torch.full_like(position, -1) if not fuse else (torch.zeros_like(position) + (out - 1))
-    slot = slot.scatter(1, leader, position[:, :out])
+    slot = slot.scatter(1, leader, torch.arange(out, device=scores.device).expand(batch, out))
     return slot, leader, ranked[:, out - prefix :].sort(dim=1).values if fuse else ranked[:, :0]
 
 
