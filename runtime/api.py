@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import BadParameter, CorruptModel, ExampleInputsMissing, TamisError
+from ..errors import BadParameter, ExampleInputsMissing, TamisError
 from ..graph import TokenGraph
 from ..report import LayerRow, Report, outcome_dict
 from ..rewrite import Pipeline, Result
@@ -58,8 +59,8 @@ def compile(
     """
     options = Options(target, mode, restore, token_map, allow_noop)
     pipeline = options.checked(passes)
-    graph, call = prepare(model, args, kwargs, dynamic_shapes)
-    return build(graph, call, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
+    prepared = prepare(model, args, kwargs, dynamic_shapes)
+    return build(prepared, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
 
 
 def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledModel:
@@ -72,7 +73,8 @@ def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledMode
         trusted: allow native code (an AOTInductor package), which runs when it is loaded.
 
     Raises:
-        ModelNotFound, CorruptModel, PickleRefused, UntrustedNativeCode.
+        ModelNotFound, CorruptModel, PickleRefused, UnsafeProgram, UntrustedNativeCode: see `capture.safe_pt2`.
+        UnknownModelFormat: a trusted AOTInductor package, which cannot be loaded yet.
     """
     from .package import load_package
 
@@ -113,33 +115,39 @@ class Options:
         return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def prepare(model: Any, args: Any = (), kwargs: Any = None, dynamic_shapes: Any = "auto") -> tuple[TokenGraph, Call]:
-    """Capture the model; returns the graph and the example call."""
+@dataclass(frozen=True)
+class Prepared:
+    """A captured model, its example call, and what its source said of it (see `capture.sources.Source`)."""
+
+    graph: TokenGraph
+    call: Call
+    directory: Path | None = None
+    note: str = ""
+
+
+def prepare(
+    model: Any,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
+    step: Step = lambda text: None,
+) -> Prepared:
+    """Load and capture a model; raises what these do, and ExampleInputsMissing."""
     from ..capture import capture
+    from ..capture.sources import resolve
 
-    if isinstance(model, str | os.PathLike):
-        from ..capture.sources import resolve
-
-        source = resolve(os.fspath(model), args, kwargs)
-        graph = capture(source.model, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=source.name)
-        args, kwargs = source.args, source.kwargs
-    else:
-        graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return graph, checked_call(graph, args, kwargs)
-
-
-def checked_call(graph: TokenGraph, args: Any, kwargs: Any) -> Call:
-    """The example call of a captured model; raises ExampleInputsMissing."""
-    call = example_call(graph.program, args, kwargs)
+    source = resolve(model, args, kwargs)
+    step(f"capturing {source.name}")
+    graph = capture(source.model, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=source.name)
+    call = example_call(graph.program, source.args, source.kwargs)
     if call is None:
         hint = "pass them as args=(tensor, ...), or save the program with its example inputs."
         raise ExampleInputsMissing(model=graph.name, hint=hint)
-    return call
+    return Prepared(graph, call, source.directory, source.note)
 
 
 def build(
-    graph: TokenGraph,
-    call: Call,
+    prepared: Prepared,
     pipeline: Pipeline,
     options: Options,
     *,
@@ -148,6 +156,7 @@ def build(
     step: Step = lambda text: None,
 ) -> CompiledModel:
     """Rewrite a captured model, lower it, and report on it."""
+    graph, call = prepared.graph, prepared.call
     step(f"rewriting: {pipeline}")
     result = pipeline.run(
         graph,
@@ -169,7 +178,7 @@ def build(
         original=graph,
         call=call,
         recipe=recipe,
-        report=_report(graph, result, pipeline, call, recipe),
+        report=_report(prepared, result, recipe),
         target=_target(options.target, graph),
         mode=options.mode,
         token_map=options.token_map,
@@ -183,13 +192,14 @@ def build(
     return compiled
 
 
-def _report(graph: TokenGraph, result: Result, pipeline: Pipeline, call: Call, recipe: Recipe) -> Report:
+def _report(prepared: Prepared, result: Result, recipe: Recipe) -> Report:
     from .ledger import ledger
 
+    graph, call = prepared.graph, prepared.call
     skipped = [site for site in graph.sites if site.role != "stream"]
     return Report(
         name=graph.name,
-        passes=tuple(map(str, pipeline.passes)),
+        passes=recipe.passes,
         outcomes=tuple(map(outcome_dict, result.outcomes)),
         layers=ledger(graph, result.outcomes, call),
         inputs=describe(graph.program, call),
@@ -198,6 +208,7 @@ def _report(graph: TokenGraph, result: Result, pipeline: Pipeline, call: Call, r
             {"index": s.index, "node": s.node, "role": s.role, "reason": s.reason or f"its role is {s.role}"}
             for s in skipped
         ),
+        notes=(prepared.note,) if prepared.note else (),
         versions=recipe.versions,
     )
 
@@ -246,6 +257,3 @@ def first_line(error: Exception) -> str:
     """The first line of an error's text, with its class unless it is ours."""
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return text if isinstance(error, TamisError) else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-__all__ = ["CorruptModel", "Options", "build", "compile", "load", "prepare"]

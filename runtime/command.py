@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DriftTooLarge, SlowerThanOriginal
-from .api import Options, build, checked_call
+from .api import Options, build, prepare
 from .compiled import CompiledModel
 from .files import copy_companions, whole_directory, write_text
 from .progress import Progress
@@ -53,18 +53,20 @@ def run(request: Request) -> int:
 def _check(request: Request, step: Progress) -> dict[str, Any]:
     from .check import check_model
 
-    graph, call, _ = _capture(request, step)
-    return check_model(graph, call, step)
+    step(f"loading {request.model}")
+    prepared = prepare(request.model, step=step)
+    return check_model(prepared.graph, prepared.call, step)
 
 
 def _optimize(request: Request, step: Progress) -> CompiledModel:
     asked = request.options
     options = Options(asked["target"], asked["mode"], asked["restore"], asked["token_map"], asked["allow_noop"])
     pipeline = options.checked(list(request.passes))
-    graph, call, directory = _capture(request, step)
+    step(f"loading {request.model}")
+    prepared = prepare(request.model, step=step)
     if request.recipe is not None:
-        request.recipe.check_source(graph.source_hash, request.config)
-    compiled = build(graph, call, pipeline, options, verify=request.verify is None, source=request.model, step=step)
+        request.recipe.check_source(prepared.graph.source_hash, request.config)
+    compiled = build(prepared, pipeline, options, verify=request.verify is None, source=request.model, step=step)
     if asked["inline"]:
         compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, "inline": True})
     if request.verify:
@@ -74,19 +76,8 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
     if request.bench:
         step("timing it against the original")
         compiled.report = compiled.report.with_changes(benchmark=compiled.benchmark())
-    _write(compiled, request, directory, step)
+    _write(compiled, request, prepared.directory, step)
     return compiled
-
-
-def _capture(request: Request, step: Progress) -> tuple[Any, Any, Any]:
-    from ..capture import capture
-    from ..capture.sources import resolve
-
-    step(f"loading {request.model}")
-    source = resolve(request.model, (), None)
-    step(f"capturing {source.name}")
-    graph = capture(source.model, source.args, source.kwargs, name=source.name)
-    return graph, checked_call(graph, source.args, source.kwargs), source.directory
 
 
 def _drift(compiled: CompiledModel, path: str) -> Any:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CorruptModel, ExportFailed, TamisError
+from ..errors import CorruptModel, ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
 from ..graph import TokenGraph
 from ..report import Report
 from ..target import Target
-from .files import whole
+from .files import check_file, whole
 from .inputs import example_call, other_sizes
 from .recipe import Recipe
 
@@ -47,16 +47,19 @@ def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
 
 def load_package(path: str, *, trusted: bool) -> CompiledModel:
     """Read what `save_package` wrote; see `tamis.load`."""
-    from .. import kernels as _ops  # noqa: F401  programs may hold tamis ops, which have to be registered first
-    from ..capture.paths import check_exists
     from ..capture.safe_pt2 import load_program
     from .compiled import CompiledModel
 
-    check_exists(path)
+    try:
+        program = load_program(path)
+    except UntrustedNativeCode as error:
+        if not trusted:
+            raise
+        accepted = "what CompiledModel.save wrote; AOTInductor packages cannot be loaded yet"
+        raise UnknownModelFormat(path=path, accepted=accepted) from error
     extra = _read_extra(path)
-    program = load_program(path)
-    call = example_call(program)
     recipe = Recipe.from_dict(extra["recipe"], path)
+    call = example_call(program)
     return CompiledModel(
         graph=TokenGraph(program, name=extra["name"], source_hash=recipe.source_hash),
         original=None,
@@ -71,21 +74,32 @@ def load_package(path: str, *, trusted: bool) -> CompiledModel:
 
 def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: bool, check: bool) -> str:
     """Write an ONNX file and hold it against torch; see `CompiledModel.export`."""
-    from ..lowering.onnx import check_onnx, export_onnx
+    from ..lowering.callables import lower
+    from ..lowering.onnx import export_onnx
+    from ..lowering.onnx_check import check_onnx
 
     program = model.graph.program
     metadata = {"tamis.recipe": model.recipe.to_json(), "tamis.version": model.recipe.versions.get("tamis", "")}
-    with whole(Path(path), overwrite) as temporary:
-        try:
-            export_onnx(program, str(temporary), inline=inline, metadata=metadata, overwrite=True)
-            if check:
-                calls = other_sizes(program, model.example_call) or [model.example_call]
-                check_onnx(str(temporary), model, calls, budget_of(program))
-        except TamisError as error:
-            raise _renamed(error, str(temporary), path) from error
-        except Exception as error:
-            hint = "save it as .pt2 instead, or report the model and the recipe."
-            raise ExportFailed(path=path, kind="ONNX", reason=_first_line(error), hint=hint) from error
+
+    def hold_against_torch(draft: Path) -> None:
+        calls = other_sizes(program, model.example_call) or [model.example_call]
+        check_onnx(draft, lower(program, model.target), calls, budget_of(program), shown=path)
+
+    check_file(Path(path), overwrite)
+    try:
+        export_onnx(
+            program,
+            path,
+            inline=inline,
+            metadata=metadata,
+            overwrite=overwrite,
+            check=hold_against_torch if check else None,
+        )
+    except TamisError:
+        raise
+    except Exception as error:
+        hint = "save it as .pt2 instead, or report the model and the recipe."
+        raise ExportFailed(path=path, kind="ONNX", reason=_first_line(error), hint=hint) from error
     return path
 
 
@@ -118,12 +132,6 @@ def _read_extra(path: str) -> dict[str, Any]:
 def _device_of(program: Any) -> Target:
     devices = {tensor.device.type for tensor in program.state_dict.values()}
     return Target("cuda" if "cuda" in devices else "cpu")
-
-
-def _renamed(error: TamisError, temporary: str, path: str) -> TamisError:
-    """The error with the user's path where the temporary one stood."""
-    fields = {k: v.replace(temporary, path) if isinstance(v, str) else v for k, v in error.fields.items()}
-    return type(error)(**fields)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from zoo import draw
 from tamis.graph import TokenGraph
 from tamis.rewrite import Options, Outcome, Pass, Result
 from tamis.runtime.api import Options as CompileOptions
-from tamis.runtime.api import build
+from tamis.runtime.api import Prepared, build
 from tamis.runtime.compiled import CompiledModel
 
 
@@ -84,4 +84,4 @@ PASSES: dict[str, type[Pass]] = {"scale": Scale, "fail": Fail}
 def toy_compiled(by: float = 1.1, **options: Any) -> CompiledModel:
     """The toy compiled with the pass scale."""
     checked = CompileOptions(**options)
-    return build(toy_graph(), toy_call(), checked.checked(f"scale:by={by}"), checked)
+    return build(Prepared(toy_graph(), toy_call()), checked.checked(f"scale:by={by}"), checked)

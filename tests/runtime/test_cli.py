@@ -1,0 +1,161 @@
+"""`optimize-model`: what is answered before any work, and how fast."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tamis import __version__
+from tamis.runtime import cli
+
+# The promise is 0.5 s; machines that run tests run other things too.
+PATIENCE_SECONDS = 1.5
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    code = cli.main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["missing/vit.pt2", "--pass", "tome:r=1"], 2)])
+def test_quick_answers(argv: list[str], code: int, tmp_path: Path) -> None:
+    """Best of five in a fresh process, without torch."""
+    probe = "import sys; from tamis.runtime.cli import main; code = main(sys.argv[1:]); "
+    probe += "sys.exit(99 if 'torch' in sys.modules else code)"
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", probe, *argv], cwd=tmp_path, capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == code, done.stderr
+    assert best < PATIENCE_SECONDS
+
+
+def test_python_m_tamis(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tamis", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"optimize-model {__version__}\n"
+
+
+def test_help_documents_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--help")
+    assert (code, err) == (0, "")
+    for text in (
+        "0  done",
+        "1  failed",
+        "2  wrong usage",
+        "3  a pass changed",
+        "4  the drift is over",
+        "5  --bench found",
+    ):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ([], "error: no model was given.\n  hint: optimize-model INPUT --pass NAME:ARGS, or --help.\n"),
+        (["a", "-m", "b"], "error: the model is given twice, as INPUT and with --model.\n"),
+        (["a"], "error: no passes were given.\n  hint: --pass tome:r=13, or --check"),
+        (["a", "--check", "--report", "r.html"], "error: --report r.html: only JSON is written.\n"),
+        (["a", "--check", "-q", "-v"], "error: --quiet and --verbose exclude each other.\n"),
+        (["a", "--frobnicate"], "error: unrecognized arguments: --frobnicate.\n"),
+        (["a", "--max-drift", "-1"], "error: argument --max-drift: must be 0 or more, got -1.\n"),
+        (["a", "--max_drift", "nan"], "error: argument --max-drift: must be 0 or more, got nan.\n"),
+        (["a", "--max-drift", "x"], "error: argument --max-drift: "),
+        (["a", "--mode", "fast"], "error: argument --mode: invalid choice: 'fast'"),
+        (["a.py:f", "--pass", "tome:r=1", "-o", "x.bin"], "error: x.bin: cannot tell from the name what to write.\n"),
+        (["a.pt2", "--pass", "tome:r=1"], "error: a.pt2: no such file or directory.\n"),
+        (["a.pt2", "--config", "c.yaml"], "error: c.yaml: no such file or directory.\n"),
+    ],
+)
+def test_wrong_usage(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert text in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_are_checked_before_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factory does not even run: running it would fail with another error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text("raise RuntimeError('work has started')\n")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "make-tamis.onnx").write_text("old")
+    ask = ("net.py:make", "--pass", "tome:r=1")
+    cases = {
+        (): "make-tamis.onnx: exists already and was left alone",
+        ("-o", "file/x.onnx"): "file/x.onnx: cannot be written",
+        ("-o", "file/out/"): "is a file",
+        ("-o", "missing/x.onnx"): "missing/x.onnx: cannot be written (the directory missing does not exist)",
+        ("-o", "missing/out/"): "the directory missing does not exist",
+        ("-o", "x.onnx", "--report", "missing/r.json"): "missing/r.json: cannot be written",
+        ("-o", "x.onnx", "--verify", "data.npz"): "data.npz: no such file or directory",
+    }
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for more, text in cases.items():
+        code, _, err = run(capsys, *ask, *more)
+        assert (code, text in err) == (2, True), err
+        assert err.splitlines()[-1].startswith("FAILED | runtime 0.")
+        assert err.splitlines()[-1].endswith(f"| optimize-model {' '.join([*ask, *more])}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    code, _, err = run(capsys, *ask, "--overwrite", "-q")
+    assert "work has started" in err
+    assert "FAILED |" not in err
+
+
+def test_recipes_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("passes: [tome:r=1]\n")
+    code, _, err = run(capsys, "--config", str(recipe))
+    assert (code, "no model was given, and" in err) == (2, True)
+    recipe.write_text("passes: [tome:r=1]\noptions: {colour: red}\n")
+    code, _, err = run(capsys, "x", "-c", str(recipe))
+    assert (code, "unknown option 'colour' (known: target" in err) == (2, True)
+
+
+def test_bugs_are_told_from_mistakes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: object) -> int:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    code, _, err = run(capsys, "x", "--check")
+    assert code == 1
+    assert err.startswith("error: KeyError: 'surprise'\n  hint: this is a bug in tamis or its environment; --debug")
+    assert "Traceback" not in err
+    code, _, err = run(capsys, "x", "--check", "--debug")
+    assert "Traceback" in err
+
+
+def test_interruption(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert run(capsys, "x", "--check") == (130, "", "interrupted; nothing was written\n")
+
+
+def test_list_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    code, out, err = run(capsys, "--list-passes")
+    assert code == 0
+    assert out.startswith("evit  (reduction)\n    Keep ")
+    assert "    seed = 0\n" in out
+    assert err.startswith("PASSED | runtime")
+    code, out, _ = run(capsys, "--list_passes", "--json")
+    passes = {one["name"]: one for one in json.loads(out)}
+    assert passes["tome"]["parameters"] == {"r": "none", "keep_ratio": "none", "layers": "none", "prop_attn": "true"}
+    assert passes["scale"]["parameters"] == {"by": "1.1"}
