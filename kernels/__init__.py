@@ -1,26 +1,18 @@
 """tamis.kernels: one file per op.  Importing the package registers every op with torch (`torch.ops.tamis.*`)."""
 
-if __name__ != "tamis.kernels":
-    raise ImportError("import tamis.kernels, not kernels: a second copy would register every op twice")
-
-from . import (
-    attention,
-    attention_statistics,
-    bipartite_match,
-    hash_scores,
-    reduce_tokens,
-    restore_tokens,
-    select_tokens,
-    token_count,
-)
-
-__all__ = [
-    "attention",
-    "attention_statistics",
-    "bipartite_match",
-    "hash_scores",
-    "reduce_tokens",
-    "restore_tokens",
-    "select_tokens",
-    "token_count",
-]
+if __name__ == "tamis.kernels":
+    from . import attention as attention
+    from . import attention_statistics as attention_statistics
+    from . import bipartite_match as bipartite_match
+    from . import hash_scores as hash_scores
+    from . import reduce_tokens as reduce_tokens
+    from . import restore_tokens as restore_tokens
+    from . import select_tokens as select_tokens
+    from . import token_count as token_count
+else:
+    # transformers imports whatever is called `kernels` to look for a version of the package of that name, so where the
+    # checkout is on the path this folder must import quietly; whoever uses something of it gets the reason.
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError("import tamis.kernels, not kernels: a second copy would register every op twice")

@@ -36,7 +36,7 @@ def retrace(program: ExportedProgram, run: Callable[..., list[Any]]) -> fx.Graph
 
 @contextmanager
 def _without_cache(mode: Any) -> Iterator[None]:
-    """Every layer has another token count, so entries of the fake mode's cache are made (a third of the time), not hit."""
+    """Every layer has another token count: entries of the cache are made (a third of the time) but never hit."""
     before = getattr(mode, "cache_enabled", None)
     if before is not None:
         mode.cache_enabled = False
