@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -128,8 +127,9 @@ def _drop_native_dropout(node: fx.Node) -> None:
     if _argument(node, 2, "train", False):
         return
     for user in list(node.users):
-        if user.target is operator.getitem and user.args[1] == 0:
+        if user.args[1] == 0:
             user.replace_all_uses_with(node.args[0])
+        if not user.users:
             node.graph.erase_node(user)
     if not node.users:  # dead code elimination keeps random ops
         node.graph.erase_node(node)

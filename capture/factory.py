@@ -64,7 +64,8 @@ def _told(error: BaseException, path: Path) -> str:
 
 
 def _unpacked(result: Any, spec: str) -> tuple[nn.Module | ExportedProgram, Any, dict[str, Any]]:
-    model, args, kwargs = result, (), {}
+    model, args = result, ()
+    kwargs: Any = {}
     if isinstance(result, tuple) and 2 <= len(result) <= 3:
         model, args = result[:2]
         kwargs = result[2] if len(result) == 3 else {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,8 +104,6 @@ def _timm(spec: Spec) -> Source:
     timm = required("timm", f"timm:{spec.value}")
     name = spec.value
     if not timm.is_model(name):
-        import difflib
-
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names."
         raise ModelNotFound(path=f"timm:{name}", hint=hint)
@@ -130,9 +131,28 @@ def _cached_weights(timm: ModuleType, name: str) -> str | None:
 
 def required(package: str, what: str) -> ModuleType:
     """Import an optional package; raises MissingDependency."""
-    import importlib
-
     try:
-        return importlib.import_module(package)
+        module = importlib.import_module(package)
     except ImportError as error:
         raise MissingDependency(what=what, package=package, install="'tamis[models]'") from error
+    if package == "transformers":
+        _settle_kernels()
+    return module
+
+
+def _settle_kernels() -> None:
+    """Let transformers look for its optional package `kernels` without the current directory, and keep the answer.
+
+    In a checkout of tamis it would find our folder of that name there, which refuses to be imported.
+    """
+    import transformers.utils.import_utils as utils
+
+    look = getattr(utils, "is_kernels_available", None)
+    if look is None:
+        return
+    path = list(sys.path)
+    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != Path.cwd()]
+    try:
+        look()
+    finally:
+        sys.path[:] = path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,8 +186,6 @@ def test_hf_neither_text_nor_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("spec", "package"), [("timm:vit_tiny_patch16_224", "timm"), ("hf:gpt2", "transformers")])
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, spec: str, package: str) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependency) as caught:
         resolve(spec)
@@ -222,8 +222,6 @@ def factory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("function", "given"), [("bare", (0, 0)), ("pair", (1, 0)), ("triple", (0, 1))])
 def test_factories(factory: Path, function: str, given: tuple[int, int]) -> None:
-    import sys
-
     before = list(sys.path)
     source = resolve(f"{factory}:{function}")
     assert isinstance(source.model, nn.Linear)
@@ -263,3 +261,11 @@ def test_factories_that_do_not_load(factory: Path) -> None:
         with pytest.raises(FactoryFailed) as caught:
             resolve(f"{factory}:make")
         assert reason in str(caught.value)
+
+
+def test_hf_works_in_a_checkout(bert_dir: Path) -> None:
+    """There the current directory holds folders called `kernels` and `core`, which other packages look for."""
+    checkout = Path(__file__).resolve().parents[2]
+    code = f"from tamis.capture.sources import resolve; print(type(resolve({str(bert_dir)!r}).model).__name__)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["BertModel"], ran.stderr[-2000:]
