@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,27 +131,6 @@ def _cached_weights(timm: ModuleType, name: str) -> str | None:
 def required(package: str, what: str) -> ModuleType:
     """Import an optional package; raises MissingDependency."""
     try:
-        module = importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise MissingDependency(what=what, package=package, install="'tamis[models]'") from error
-    if package == "transformers":
-        _settle_kernels()
-    return module
-
-
-def _settle_kernels() -> None:
-    """Let transformers look for its optional package `kernels` without the current directory, and keep the answer.
-
-    In a checkout of tamis it would find our folder of that name there, which refuses to be imported.
-    """
-    import transformers.utils.import_utils as utils
-
-    look = getattr(utils, "is_kernels_available", None)
-    if look is None:
-        return
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != Path.cwd()]
-    try:
-        look()
-    finally:
-        sys.path[:] = path
