@@ -38,6 +38,7 @@ from .opset import STANDARD as op
 from .opset import TAMIS, rule_inputs
 from .precision import compute_dtype
 from .rows import ascending, first_columns, slot_leaders, take_rows
+from .symbols import spare_length
 
 
 def reference(
@@ -130,7 +131,7 @@ def _best_partner(a: Tensor, b: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]
 def fake(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Shape rule."""
     batch, tokens = metric.shape[:2]
-    shapes = [(batch, tokens), (batch, out), (batch, tokens - out)]
+    shapes = [(batch, tokens), (batch, out), (batch, spare_length(tokens, out))]
     slot, leader, moved = (metric.new_empty(shape, dtype=torch.int64) for shape in shapes)
     return slot, leader, moved
 

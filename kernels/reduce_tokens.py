@@ -12,9 +12,9 @@ normalize  bool                 mean or sum
 ->         [B, N', C] as x
 
 Float32 arithmetic (float64 for float64 input), rounded once to x's type; the moved tokens of a slot are added to its
-leader in ascending order (on CUDA, until there is a kernel, in any).  A mean is leader + sum w_i (x_i - leader) / sum w,
-so a slot of one token, or of equal ones, is a bitwise copy; so is one of one token in a sum without weight.  NaN and inf
-stay within their slot.  Where the weights of a slot add up to 0 its mean is NaN.  Raises nothing of its own.
+leader in ascending order (on CUDA, until there is a kernel, in any).  A mean is leader + sum w_i (x_i - leader) /
+sum w, so a slot of one token, or of equal ones, is a bitwise copy; so is one of one token in a sum without weight.  NaN
+and inf stay within their slot.  Where the weights of a slot add up to 0 its mean is NaN.  Raises nothing of its own.
 Source: the apply step of methods card 1.2 and rule 0.4.6.  Differs: only moved tokens are scattered, never all; no
 `mean` scatter, which an ONNX exporter translates wrongly.
 """

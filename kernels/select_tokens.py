@@ -31,11 +31,12 @@ import torch
 from onnxscript import script
 from torch import Tensor
 
-from ..counts import CountRule, at_most, keep_at_least
+from ..counts import ALL, CountRule, at_most, keep_at_least
 from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS, rule_inputs
 from .rows import ascending, first_columns, slot_leaders
+from .symbols import spare_length
 
 Plan = tuple[Tensor, Tensor, Tensor]
 
@@ -91,7 +92,7 @@ def _select_real(scores: Tensor, valid: Tensor, out: int, rule: CountRule, in_or
 def fake(scores: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int], order: str, fuse: bool) -> Plan:
     """Shape rule."""
     batch, tokens = scores.shape
-    shapes = [(batch, tokens), (batch, out), (batch, tokens - out if fuse else 0)]
+    shapes = [(batch, tokens), (batch, out), (batch, spare_length(tokens, out) if fuse else 0)]
     slot, leader, moved = (scores.new_empty(shape, dtype=torch.int64) for shape in shapes)
     return slot, leader, moved
 
@@ -191,12 +192,12 @@ def samples() -> Iterator[tuple[Any, ...]]:
         scores = torch.randint(0, 6, (batch, tokens), generator=generator)
         real = torch.randint(max(prefix, 1), tokens + 1, (batch, 1), generator=generator)
         for fuse in (False, True):
-            rule = CountRule(prefix, (*terms[term], (1, 0, 1)), added=int(fuse))
+            rule = CountRule(prefix, (*terms[term], ALL), added=int(fuse))
             rest = rule.out(tokens), prefix, rule.flat()
-            for order in ("original", "score"):
-                yield scores.float(), None, *rest, order, fuse
-                yield scores, torch.arange(tokens) < real, *rest, order, fuse
-                yield scores.float(), torch.arange(tokens) >= tokens - real, *rest, order, fuse
+            yield scores.float(), None, *rest, "original", fuse
+            yield scores, None, *rest, "score", fuse
+            yield scores, torch.arange(tokens) < real, *rest, "original", fuse
+            yield scores.float(), torch.arange(tokens) >= tokens - real, *rest, "score", fuse
 
 
 SELECT_TOKENS = define_op(

@@ -1,0 +1,130 @@
+"""attention and attention_rows against the definition in float64, and what is left of them in a graph."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from onnx_call import run_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from tamis.kernels.attention import ATTENTION, Attention
+from tamis.kernels.attention import reference as attend
+from tamis.kernels.attention_statistics import reference as rows
+from tamis.kernels.prune_function import prune_function
+from tamis.op import OnnxCall
+
+SEEN, ADDED = "seen", "added"
+
+
+def case(heads: int, key_heads: int, queries: int, keys: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(heads * queries)
+    shapes = {"q": (2, heads, queries, 8), "k": (2, key_heads, keys, 8), "v": (2, key_heads, keys, 8)}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    values["bias"] = torch.randint(1, 9, (2, keys), generator=generator).float().log()
+    values["bias"][1, 1:] = -torch.inf
+    values[SEEN] = torch.rand(2, 1, queries, keys, generator=generator) > 0.4
+    values[SEEN][..., 0] = True
+    values[ADDED] = torch.randn(heads, queries, keys, generator=generator)
+    return values
+
+
+def definition(c: dict[str, torch.Tensor], bias: bool, mask: str | None, scale: float, causal: bool) -> Any:
+    repeats = c["q"].shape[1] // c["k"].shape[1]
+    k, v = (c[name].double().repeat_interleave(repeats, 1) for name in "kv")
+    logits = c["q"].double() @ k.transpose(2, 3) * scale
+    if bias:
+        logits = logits + c["bias"].double().reshape(2, 1, 1, -1)
+    if mask == ADDED:
+        logits = logits + c[ADDED].double()
+    if mask == SEEN:
+        logits = logits.masked_fill(~c[SEEN], -torch.inf)
+    if causal:
+        logits = logits.masked_fill(torch.ones(logits.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1), logits.softmax(-1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, SEEN, ADDED])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 4, 7, 7), (4, 2, 5, 9), (3, 1, 1, 4)])
+def test_attention_equals_the_definition(sizes, bias, mask, causal):
+    c = case(*sizes)
+    key_bias, given = c["bias"] if bias else None, c[mask] if mask else None
+    expected_out, expected_lse, _ = definition(c, bias, mask, 0.3, causal)
+    out, lse = attend(c["q"], c["k"], c["v"], key_bias, given, 0.3, causal)
+    torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-6)
+    assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 4, 7, 7), (4, 2, 5, 9), (3, 1, 1, 4)])
+def test_rows_equal_the_definition(sizes, bias):
+    c = case(*sizes)
+    _, _, expected = definition(c, bias, None, 0.3, False)
+    got = rows(c["q"], c["k"], c["bias"] if bias else None, 0.3)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
+    assert got.shape == (*c["q"].shape[:3], c["k"].shape[2])
+
+
+def test_log_sizes_stand_for_duplicates():
+    """A key of size 3 counts as three equal keys: what proportional attention is for."""
+    c = case(2, 2, 4, 4)
+    times = torch.tensor([1, 3, 2, 1])
+    k, v = (c[name].repeat_interleave(times, 2) for name in "kv")
+    dense, _ = attend(c["q"], k, v, None, None, 0.3, False)
+    bias = times.float().log().expand(2, 4)
+    torch.testing.assert_close(attend(c["q"], c["k"], c["v"], bias, None, 0.3, False)[0], dense, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(attend(c["q"], c["k"], c["v"], None, None, 0.3, False)[0], dense, atol=1e-2)
+
+
+def traced(bias: bool, mask: str | None, grouped: bool = False) -> Any:
+    c = case(4, 2 if grouped else 4, 6, 6)
+    inputs = [c["q"], c["k"], c["v"], *([c["bias"]] if bias else []), *([c[mask]] if mask else [])]
+
+    def out_only(q, k, v, *rest):
+        given = list(rest)
+        key_bias = given.pop(0) if bias else None
+        return attend(q, k, v, key_bias, given.pop(0) if mask else None, 0.3, False)[0]
+
+    graph = make_fx(out_only, pre_dispatch=True)(*inputs).graph
+    graph.eliminate_dead_code()
+    return graph
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_stays_one_whole_node_and_nothing_else_is_left(bias, grouped):
+    graph = traced(bias, None, grouped)
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.scaled_dot_product_attention.default") == 1
+    views = {"aten.to.dtype", "aten.slice.Tensor", "aten.unsqueeze.default"}
+    assert set(targets) - views == {"aten.scaled_dot_product_attention.default"}
+    assert bias or len(targets) == 1
+    numel = [node.meta["val"].numel() for node in graph.nodes if str(node.target) in views]
+    assert all(count == 2 * 6 for count in numel)  # never N x N
+
+
+def test_the_flop_count_is_that_of_torch():
+    c = case(4, 4, 7, 7)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(c["q"], c["k"], c["v"])
+    shapes = [c[name].shape for name in "qkv"]
+    assert ATTENTION.flops(*shapes, None, None, 0.3, False) == counter.get_total_flops() == 2 * 2 * 2 * 4 * 7 * 7 * 8
+
+
+def test_an_unused_log_sum_exp_leaves_the_onnx_function():
+    whole = Attention.to_function_proto()
+    pruned = prune_function(whole, [True, False])
+    assert prune_function(whole, [True, True]) is whole
+    assert [node.op_type for node in whole.node].count("ReduceLogSumExp") == 1
+    assert "ReduceLogSumExp" not in [node.op_type for node in pruned.node]
+    assert (list(pruned.output), pruned.name) == (list(whole.output[:1]), "Attention_0")
+    q, k, v = (torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = attend(q, k, v, torch.zeros(1, 5), None, 0.5, False)[0]
+    call = OnnxCall(SimpleNamespace(to_function_proto=lambda: pruned), [q, k, v, torch.zeros(1, 5)], {"scale": 0.5})
+    torch.testing.assert_close(run_call(call, [expected])[0], expected, rtol=1e-6, atol=1e-6)

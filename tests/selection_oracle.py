@@ -1,0 +1,54 @@
+"""Plans by the definition, one token at a time, in Python: slow, and written without a look at the ops."""
+
+from __future__ import annotations
+
+from tamis.counts import CountRule
+
+Row = tuple[list[int], list[int], list[int]]
+
+
+def match_row(similarity: list[list[float]], valid: list[bool], out: int, rule: CountRule) -> Row:
+    """slot, leader and moved of one row; similarity[i][j] of tokens i and j."""
+    real = [i for i, is_real in enumerate(valid) if is_real]
+    protected, free = real[: rule.prefix], [(rank, i) for rank, i in enumerate(real) if rank >= rule.prefix]
+    a, b = ([i for rank, i in free if rank % 2 == parity] for parity in (0, 1))
+    partner = {i: max(b, key=lambda j, i=i: (similarity[i][j], -j)) for i in a if b}
+    by_score = sorted(partner, key=lambda i: (-similarity[i][partner[i]], i))
+    removed = rule.removed(len(real))
+    merging, staying = by_score[:removed], by_score[removed:]
+    if not b:
+        staying = list(a)
+    if rule.prefix:
+        staying = sorted(staying)
+    leader = protected + staying + b
+    slot = [-1] * len(valid)
+    for place, i in enumerate(leader):
+        slot[i] = place
+    for i in merging:
+        slot[i] = slot[partner[i]]
+    return _padded(slot, leader, sorted(merging), out, len(valid) - out)
+
+
+def select_row(scores: list[float], valid: list[bool], out: int, rule: CountRule, order: str, fuse: bool) -> Row:
+    """slot, leader and moved of one row."""
+    real = [i for i, is_real in enumerate(valid) if is_real]
+    protected, free = real[: rule.prefix], real[rule.prefix :]
+    ranked = sorted(free, key=lambda i: (-scores[i], i))
+    keep = len(free) - rule.removed(len(real))
+    kept, dropped = ranked[:keep], ranked[keep:]
+    if order == "original":
+        kept = sorted(kept)
+    leader = protected + kept
+    slot = [-1] * len(valid)
+    for place, i in enumerate(leader):
+        slot[i] = place
+    if not fuse:
+        return _padded(slot, leader, [], out, 0)
+    for i in dropped:
+        slot[i] = len(leader)
+    return _padded(slot, leader + dropped[:1], sorted(dropped[1:]), out, len(valid) - out)
+
+
+def _padded(slot: list[int], leader: list[int], moved: list[int], out: int, extra: int) -> Row:
+    leader = leader + [0] * (out - len(leader))
+    return slot, leader, moved + leader[:1] * (extra - len(moved))
