@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadParameter, ExampleInputsMissing, TamisError
 from ..graph import TokenGraph
-from ..report import LayerRow, Report, outcome_dict
+from ..report import Report, outcome_dict
 from ..rewrite import Pipeline, Result
 from ..target import Target
 from .compiled import CompiledModel
@@ -218,22 +218,21 @@ def _measured(report: Report, graph: TokenGraph, result: TokenGraph, call: Call)
     from ..lowering.flops import count_flops
     from .ledger import flops_per_layer, with_measured
 
-    args, kwargs = call
     try:
-        before, nodes_before = count_flops(graph.program, args, kwargs)
-        after, nodes_after = count_flops(result.program, args, kwargs)
-        layers_before = flops_per_layer(graph, graph.program, nodes_before)
-        layers_after = flops_per_layer(graph, result.program, nodes_after)
+        before, after = count_flops(graph.program, call), count_flops(result.program, call)
+        layers_before = flops_per_layer(graph, graph.program, before.by_node)
+        layers_after = flops_per_layer(graph, result.program, after.by_node)
         rows = with_measured(report.layers, graph, result.program, call)
     except Exception as error:
         return report.with_changes(notes=(*report.notes, f"FLOPs were not counted: {first_line(error)}"))
     rows = tuple(
-        LayerRow(
-            **{**vars(row), "flops_before": layers_before.get(row.layer), "flops_after": layers_after.get(row.layer)}
-        )
-        for row in rows
+        replace(row, flops_before=layers_before.get(row.layer), flops_after=layers_after.get(row.layer)) for row in rows
     )
-    return report.with_changes(flops_before=before, flops_after=after, layers=rows)
+    uncounted = sorted({*before.uncounted, *after.uncounted})
+    notes = (f"ops without a FLOP formula count nothing: {', '.join(uncounted)}",) if uncounted else ()
+    return report.with_changes(
+        flops_before=before.total, flops_after=after.total, layers=rows, notes=(*report.notes, *notes)
+    )
 
 
 def _verified(report: Report, compiled: CompiledModel) -> Report:

@@ -86,6 +86,8 @@ def _try(name: str, cls: type[Pass], graph: TokenGraph) -> dict[str, Any]:
         outcomes = Pipeline((one,)).run(graph, allow_noop=True).outcomes
     except TamisError as error:
         return {**answer, "reason": _one_line(str(error))}
+    except Exception as error:  # one broken pass (a plug-in's, say) must not hide the answers for the others
+        return {**answer, "reason": f"it failed: {type(error).__name__}: {_one_line(str(error))}"}
     applied = [str(o.layer) for o in outcomes if o.applied]
     skipped: dict[str, list[str]] = {}
     for outcome in outcomes:

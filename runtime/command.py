@@ -35,18 +35,19 @@ def show_passes(as_json: bool) -> int:
 
 def run(request: Request) -> int:
     """Do what was asked; returns the exit code, or raises a TamisError, which has one."""
-    with _stdout_for_the_result(), _logging(request), Progress(8, quiet=request.quiet) as step:
-        answer = _check(request, step) if request.check else _optimize(request, step)
     if request.check:
-        _print_check(answer, request.json)
+        with _at_work(request) as step:
+            found = _check(request, step)
+        _print_check(found, request.json)
         return 0
-    _print_report(answer, request.json)
-    benchmark = answer.report.benchmark
+    with _at_work(request) as step:
+        compiled = _optimize(request, step)
+    _print_report(compiled, request.json)
+    benchmark = compiled.report.benchmark
     if benchmark is not None and benchmark.speedup < 1:
         hint = "the result was kept; try more tokens removed, larger batches or longer inputs, or another mode."
-        raise SlowerThanOriginal(
-            where=answer.report.name, speedup=benchmark.speedup, shapes=benchmark.shapes, hint=hint
-        )
+        shapes, speedup = benchmark.shapes, benchmark.speedup
+        raise SlowerThanOriginal(where=compiled.report.name, speedup=speedup, shapes=shapes, hint=hint)
     return 0
 
 
@@ -141,6 +142,12 @@ def _print_report(compiled: CompiledModel, as_json: bool) -> None:
         print(json.dumps({**compiled.report.to_dict(), "recipe": compiled.recipe.to_dict()}, indent=2))
     else:
         print_report(compiled.report)
+
+
+@contextlib.contextmanager
+def _at_work(request: Request) -> Iterator[Progress]:
+    with _stdout_for_the_result(), _logging(request), Progress(8, quiet=request.quiet) as step:
+        yield step
 
 
 @contextlib.contextmanager

@@ -53,8 +53,9 @@ class Inputs:
             InputMismatch: too many, unknown or doubly given arguments.
         """
         kwargs = dict(kwargs)
-        if not self.positional and len(args) == 1 and isinstance(args[0], Mapping):
-            args, kwargs = (), {**args[0], **kwargs}
+        values: Any = args[0] if len(args) == 1 else None
+        if not self.positional and isinstance(values, Mapping):
+            args, kwargs = (), {**values, **kwargs}
         order = [*self.positional, *self.keyword]
         if len(args) > len(order):
             self._refuse(f"{len(args)} positional arguments", f"takes {len(order)}")
@@ -67,9 +68,9 @@ class Inputs:
                 self._refuse(f"{name!r} twice", "takes each input once")
             if place is not None:
                 given[place] = value
-        values = [given.get(i) for i in range(len(order))]
+        ordered = [given.get(i) for i in range(len(order))]
         count = len(self.positional)
-        return tuple(values[:count]), dict(zip(self.keyword, values[count:], strict=True))
+        return tuple(ordered[:count]), dict(zip(self.keyword, ordered[count:], strict=True))
 
     def _refuse(self, got: str, rule: str) -> None:
         names = ", ".join(name or "a nested value" for name in (*self.positional, *self.keyword)) or "none"

@@ -79,7 +79,7 @@ def token_outputs_of(program: Any, mask_name: str) -> frozenset[int]:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     found = []
     for index, name in enumerate(program.graph_signature.user_outputs):
-        shape = getattr(values.get(name), "shape", ())
+        shape: Any = getattr(values.get(name), "shape", ())
         if len(shape) < 2 or str(shape[1]) != str(mask.shape[1]):
             continue
         if len(shape) >= 3 or isinstance(mask.shape[1], torch.SymInt):
