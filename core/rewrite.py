@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter, UnknownPass
 from .graph import TokenGraph
+from .spec import check_invariants
 
 SPELLINGS = {  # what other tools call the fraction, and whether they mean the part that is removed
     "ratio": True,
@@ -266,6 +267,8 @@ class Pipeline:
                 if done:
                     error.add_note(f"passes before: {done}")
                 raise
+            if result.changed:
+                check_invariants(graph, result.graph, " + ".join(map(str, family)), restore=restore)
             graph, outcomes = result.graph, [*outcomes, *result.outcomes]
         if not allow_noop:
             self._require_effect(outcomes)

@@ -25,7 +25,7 @@ def retrace(program: ExportedProgram, run: Callable[..., list[Any]]) -> fx.Graph
     """
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders]
-    mode = detect_fake_mode(values)
+    mode: Any = detect_fake_mode(values)
     with mode, _without_cache(mode), preserve_node_meta(), torch.no_grad():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     _restore_placeholders(traced, placeholders)
