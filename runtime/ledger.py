@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from ..graph import TokenGraph, op_name
+from ..graph import TokenGraph, module_path, op_name
 from ..report import LayerRow
 from ..rewrite import Outcome
 from .inputs import Call, size_at, symbols_of
@@ -81,25 +81,36 @@ def attention_tokens(program: ExportedProgram, call: Call) -> list[int]:
 
 
 def flops_per_layer(graph: TokenGraph, program: ExportedProgram, by_node: Mapping[str, int]) -> dict[int, int]:
-    """FLOPs of each layer of the stream in a program that kept the cut nodes' names; {} when it did not.
+    """FLOPs of each layer of the stream, in the captured program or a rewritten one; {} when modules are not known.
 
-    A layer is what runs after the previous layer's last cut node, up to and including its own.
+    A node belongs to the layer whose module made it.  Names would not do: a rewrite numbers nodes anew.  What a rewrite
+    added has no module of its own and belongs to the layer before it.
     """
-    ends = {layer.after_block or layer.after_attention: layer.index for layer in graph.layers}
-    starts = graph.layers[0].before_attention if graph.layers else None
-    names = [node.name for node in program.graph.nodes]
-    if None in ends or not ends or not set(ends) <= set(names):
-        return {}
+    owners = {path: layer for layer, path in layer_modules(graph).items()}
     totals: dict[int, int] = {}
-    pending, started = 0, starts is None or starts not in names
-    for name in names:
-        if started:
-            pending += by_node.get(name, 0)
-        started = started or name == starts
-        if name in ends:
-            totals[ends[name]] = pending
-            pending = 0
+    current: int | None = None
+    for node in program.graph.nodes:
+        path = module_path(node)
+        if path:
+            current = next((layer for owner, layer in owners.items() if f"{path}.".startswith(f"{owner}.")), None)
+        if current is not None:
+            totals[current] = totals.get(current, 0) + by_node.get(node.name, 0)
     return totals
+
+
+def layer_modules(graph: TokenGraph) -> dict[int, str]:
+    """Layer index -> path of its module: its site's path up to where the layers' paths part (`blocks.3`).
+
+    {} when the paths are not known or do not part.
+    """
+    paths = {layer.index: graph.sites[layer.site].module.split(".") for layer in graph.layers}
+    if len(paths) == 1:  # nothing to part from: up to the number in the path
+        return {i: ".".join(p[: k + 1]) for i, p in paths.items() for k, part in enumerate(p) if part.isdigit()}
+    for depth in range(1, max(map(len, paths.values()), default=0) + 1):
+        owners = {index: ".".join(path[:depth]) for index, path in paths.items()}
+        if len(set(owners.values())) == len(owners):
+            return owners
+    return {}
 
 
 def _after(tokens: int | None, outcome: Outcome) -> int | None:
