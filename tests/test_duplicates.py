@@ -6,6 +6,7 @@ and four equal tokens make the sizes differ, so that a bias that is off by a con
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from zoo import FAMILIES, Family, text_inputs
 
 from tamis.capture import capture
+from tamis.graph import TokenGraph
 from tamis.rewrite import Pipeline
 
 MERGES = 1 + 2 + 3
@@ -72,17 +74,25 @@ def dense(model: nn.Module, inputs: Any) -> list[Tensor]:
         return pytree.tree_leaves(model(*inputs[0], **inputs[1]))
 
 
-def gaps(family: Family, passes: str) -> tuple[list[float], list[float]]:
+@cache
+def model_and_graph(name: str) -> tuple[nn.Module, TokenGraph]:
+    model, example = without_positions(FAMILIES[name]), duplicated_inputs(FAMILIES[name], 2)
+    return model, capture(model, example[0], kwargs=example[1])
+
+
+def gaps(name: str, passes: str) -> tuple[list[float], list[float]]:
     """Distance to the dense model of the rewritten graph and of the oracle, output by output."""
-    model = without_positions(family)
-    example, inputs = duplicated_inputs(family, 2), duplicated_inputs(family, 3)
-    result = Pipeline.parse(passes).run(capture(model, example[0], kwargs=example[1]))
+    model, graph = model_and_graph(name)
+    inputs = duplicated_inputs(FAMILIES[name], 3)
+    result = Pipeline.parse(passes).run(graph)
     assert len(applied(result)) == 1
     expected = dense(model, inputs)
-    by_hand = reduced_forward(family, model, inputs, passes).outputs
-    got = run(result, inputs)
-    measure = lambda outputs: [distance(a, b) for a, b in zip(outputs, expected, strict=True)]  # noqa: E731
-    return measure(got), measure(by_hand)
+    by_hand = reduced_forward(FAMILIES[name], model, inputs, passes).outputs
+
+    def measured(outputs: list[Tensor]) -> list[float]:
+        return [distance(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True)]
+
+    return measured(run(result, inputs)), measured(by_hand)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,13 +107,13 @@ def test_exactly_the_duplicates_merge(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_merging_duplicates_with_the_size_bias_is_the_dense_model(name):
-    rewritten, by_hand = gaps(FAMILIES[name], RECIPE)
+    rewritten, by_hand = gaps(name, RECIPE)
     assert max(by_hand) <= 1e-5
     assert max(rewritten) <= 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_the_size_bias_it_is_not(name):
-    rewritten, by_hand = gaps(FAMILIES[name], f"{RECIPE},prop_attn=false")
+    rewritten, by_hand = gaps(name, f"{RECIPE},prop_attn=false")
     assert min(by_hand) > 1e-2
     assert min(rewritten) > 1e-2
