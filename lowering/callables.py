@@ -26,10 +26,13 @@ def lower(program: ExportedProgram, target: Target, mode: str | None = None) -> 
     Args:
         program: with tamis ops or without; for `mode` its counts should be symbols (`symbolic_counts()`).
         target: what it will run on; ops are inlined on every device as long as they have no kernels of their own.
-        mode: None for eager execution, else Inductor's: "default", "reduce-overhead" or "max-autotune".
+        mode: None for eager execution, where an op runs its own implementation and nothing need be inlined; else
+            Inductor's: "default", "reduce-overhead" or "max-autotune".
+
+    The compiled module runs without autograd; the eager one leaves that to the caller.
     """
     if mode is None:
-        return inline_ops(program).module()
+        return program.module()
     return InductorModule(program, mode)
 
 

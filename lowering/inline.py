@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from ..capture.program import copied, rebuild
 from ..counts import CountRule
-from .splice import fake_mode_of, op_of, splice
+from .splice import Splicer, fake_mode_of, op_of
 
 
 def inline_ops(program: ExportedProgram, *, counts: bool = True) -> ExportedProgram:
@@ -39,22 +39,22 @@ def inline_ops(program: ExportedProgram, *, counts: bool = True) -> ExportedProg
 
 def inline_nodes(graph: fx.Graph, *, counts: bool = True) -> None:
     """Replace the tamis nodes of a graph, in place."""
-    mode = fake_mode_of(graph)
+    splicer = Splicer(fake_mode_of(graph))
     for node in list(graph.nodes):
         op = op_of(node)
         if op is None:
             continue
         if op.name == "token_count":
             if counts:
-                _inline_count(node, mode)
+                _inline_count(node, splicer)
         else:
-            splice(node, op.reference, mode)
+            splicer.splice(node, op.reference)
 
 
-def _inline_count(node: fx.Node, mode: Any) -> None:
+def _inline_count(node: fx.Node, splicer: Splicer) -> None:
     """Integer arithmetic whose result keeps the symbol the count had: expressions of counts must not nest."""
     kept = {key: node.meta[key] for key in ("val", "unbacked_bindings") if key in node.meta}
-    result = splice(node, count, mode)
+    result = splicer.splice(node, count)
     if isinstance(result, fx.Node):
         result.meta.update(kept)
 

@@ -95,7 +95,23 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
     if inline:
         model = optimize(InlinePass()(model).model)
         model.opset_imports.pop(NAMESPACE, None)
+    _strip(model)
     return model
+
+
+def _strip(model: ir.Model) -> None:
+    """Take out stack traces and the like: they name files of whoever exported.  Which module a node is of stays."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        kept = node.metadata_props.get("namespace")
+        node.metadata_props.clear()
+        if kept:
+            node.metadata_props["namespace"] = kept
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def check_file(path: Path, shown: str) -> None:

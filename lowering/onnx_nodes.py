@@ -9,19 +9,23 @@ A count is the exception: the exporter takes no SymInt from such a node, so its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add, mul
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import OnnxFunction
 from onnxscript import opset18 as standard
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from ..capture.program import copied, rebuild
 from ..errors import ExportFailed
 from ..op import NAMESPACE, OPS, Op
-from .splice import fake_mode_of, op_of, splice
+from .splice import Splicer, fake_mode_of, op_of
 
 Functions = dict[str, OnnxFunction]
 
@@ -30,11 +34,11 @@ def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Functio
     """The program with symbolic ONNX nodes for its tamis ops, and the functions those call, by name."""
     functions: Functions = {}
     module = copied(program)
-    mode = fake_mode_of(module.graph)
+    splicer = Splicer(fake_mode_of(module.graph))
     for node in list(module.graph.nodes):
         op = op_of(node)
         if op is not None and op.name != "token_count":
-            splice(node, _caller(op, functions), mode)
+            splicer.splice(node, _caller(op, functions))
     module.graph.eliminate_dead_code()
     module.recompile()
     return rebuild(program, module), functions
@@ -44,19 +48,61 @@ def _caller(op: Op, functions: Functions) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         made = op.onnx(*args, **kwargs)
         functions[made.function.name] = made.function
-        results = op.fake(*args, **kwargs)
-        several = isinstance(results, list | tuple)
+        several, dtypes, shapes = _results(op, args, kwargs)
         outputs = torch.onnx.ops.symbolic_multi_out(
             f"{NAMESPACE}::{made.function.name}",
             [_as_tensor(value) for value in made.inputs],
             made.attributes,
-            dtypes=[one.dtype for one in (results if several else [results])],
-            shapes=[one.shape for one in (results if several else [results])],
+            dtypes=dtypes,
+            shapes=shapes,
             version=1,
         )
         return tuple(outputs) if several else outputs[0]
 
     return call
+
+
+def _results(op: Op, args: Any, kwargs: Any) -> tuple[bool, list[torch.dtype], list[list[Any]]]:
+    """Whether the op has several results, and their dtypes and shapes in terms of its arguments' sizes.
+
+    Called while tracing.  The op's shape rule may answer with new symbols, which mean nothing outside of the call; the
+    reference then gives them as expressions.
+    """
+    known = _known_sizes(args, kwargs)
+    with disable_proxy_modes_tracing():
+        results = op.fake(*args, **kwargs)
+        if not _symbols(results) <= known.keys():
+            results = op.reference(*args, **kwargs)
+    several = isinstance(results, list | tuple)
+    tensors = results if several else [results]
+    return several, [one.dtype for one in tensors], [[_traced(size, known) for size in one.shape] for one in tensors]
+
+
+def _known_sizes(args: Any, kwargs: Any) -> dict[Any, Any]:
+    """The arguments' sizes by symbol."""
+    values = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor | torch.SymInt)]
+    sizes = [size for one in values for size in getattr(one, "shape", (one,)) if isinstance(size, torch.SymInt)]
+    return {size.node.expr: size for size in sizes if size.node.expr.is_symbol}
+
+
+def _symbols(results: Any) -> set[Any]:
+    tensors = results if isinstance(results, list | tuple) else [results]
+    sizes = [size for one in tensors for size in one.shape if isinstance(size, torch.SymInt)]
+    return set().union(*(size.node.expr.free_symbols for size in sizes))
+
+
+def _traced(size: Any, known: dict[Any, Any]) -> Any:
+    """The size, a sum of products of known sizes, computed from them so that the trace sees how."""
+    if not isinstance(size, torch.SymInt):
+        return size
+
+    def value(expression: Any) -> Any:
+        if expression in known or expression.is_Integer:
+            return known.get(expression) if expression in known else int(expression)
+        assert expression.is_Add or expression.is_Mul
+        return reduce(add if expression.is_Add else mul, map(value, expression.args))
+
+    return value(size.node.expr)
 
 
 def _as_tensor(value: Any) -> Tensor | None:
@@ -86,7 +132,18 @@ def add_functions(model: ir.Model, functions: Functions) -> None:
     for function in _with_callees(functions):
         added = ir.serde.deserialize_function(function.to_function_proto())
         added.opset_imports[""] = model.opset_imports[""]
+        _plain_constants(added)
         model.functions[added.identifier()] = added
+
+
+def _plain_constants(function: ir.Function) -> None:
+    """Constants as tensors: onnxslim reads `value_float` as float64 and writes functions that no checker accepts."""
+    types = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    for node in ir.traversal.RecursiveGraphIterator(function.graph):
+        for name, dtype in types.items():
+            if node.op_type == "Constant" and name in node.attributes:
+                value = np.array(node.attributes.pop(name).value, dtype=dtype)
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(value))
 
 
 def _with_callees(functions: Functions) -> list[OnnxFunction]:

@@ -10,12 +10,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import BrokenInvariant
 from ..op import NAMESPACE, OPS, Op
+from .templates import Renaming, Shape, Template
 
 PROVENANCE = ("stack_trace", "nn_module_stack")  # of the replaced node: errors and reports point to the user's line
 
@@ -37,46 +36,47 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return None
 
 
-def splice(node: fx.Node, function: Callable[..., Any], mode: Any) -> Any:
-    """Replace `node` by the ATen nodes of `function(*node.args, **node.kwargs)`, in place.
+class Splicer:
+    """Replaces nodes of a graph by what functions of their arguments trace to, in place."""
 
-    The function sees fake tensors and SymInts where the node has nodes, and answers what the node did: one value or
-    several, which replace the node's `getitem`s.  Returns what the node was replaced by, as nodes.
+    def __init__(self, mode: Any) -> None:
+        self.mode = mode
+        self.templates: dict[Any, Template] = {}
 
-    Raises:
-        BrokenInvariant: the function makes a tensor out of Python numbers, which a program has no place for.
-    """
-    traced = _trace(node, function, mode)
-    values: dict[fx.Node, fx.Node] = {}
-    inputs = iter(node.all_input_nodes)
-    provenance = {key: node.meta[key] for key in PROVENANCE if key in node.meta}
-    with node.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                values[inner] = next(inputs)
-            elif inner.op == "call_function":
-                values[inner] = node.graph.node_copy(inner, values.__getitem__)
-                values[inner].meta = {**inner.meta, **provenance}
-            elif inner.op == "get_attr":
-                raise BrokenInvariant(where=f"tracing {node.name}", reason="it holds a constant; use torch.full or arange")
-    result = fx.map_arg(traced.graph.output_node().args[0], values.__getitem__)
-    _replace(node, result)
-    return result
+    def splice(self, node: fx.Node, function: Callable[..., Any]) -> Any:
+        """Replace `node` by the ATen nodes of `function(*node.args, **node.kwargs)`.
 
+        The function sees fake tensors and SymInts where the node has nodes, and answers what the node did: one value or
+        several, which replace the node's `getitem`s.  Returns what the node was replaced by, as nodes.
 
-def _trace(node: fx.Node, function: Callable[..., Any], mode: Any) -> fx.GraphModule:
-    inputs = node.all_input_nodes
+        Raises:
+            BrokenInvariant: the function makes a tensor out of Python numbers, which a program has no place for.
+        """
+        template, renaming = self._template(node, function)
+        values: dict[fx.Node, fx.Node] = {}
+        inputs = iter(node.all_input_nodes)
+        provenance = {key: node.meta[key] for key in PROVENANCE if key in node.meta}
+        with node.graph.inserting_before(node):
+            for inner in template.graph.nodes:
+                if inner.op == "placeholder":
+                    values[inner] = next(inputs)
+                elif inner.op == "call_function":
+                    values[inner] = node.graph.node_copy(inner, values.__getitem__)
+                    values[inner].meta = {**provenance, "val": renaming(inner.meta["val"])}
+                elif inner.op == "get_attr":
+                    reason = "it holds a constant; use torch.full or arange"
+                    raise BrokenInvariant(where=f"tracing {node.name}", reason=reason)
+        result = fx.map_arg(template.graph.output_node().args[0], values.__getitem__)
+        _replace(node, result)
+        return result
 
-    def call(*values: Any) -> Any:
-        given = dict(zip(inputs, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-        return function(*args, **kwargs)
-
-    tracer = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
-    with torch.no_grad(), mode:
-        traced = tracer(*(one.meta["val"] for one in inputs))
-    traced.graph.eliminate_dead_code()
-    return traced
+    def _template(self, node: fx.Node, function: Callable[..., Any]) -> tuple[Template, Renaming]:
+        shape = Shape(node)
+        key = node.target, shape.key
+        if key not in self.templates:
+            self.templates[key] = Template(node, shape, function, self.mode)
+        template = self.templates[key]
+        return template, Renaming(self.mode, dict(zip(template.symbols, shape.symbols, strict=True)))
 
 
 def _replace(node: fx.Node, result: Any) -> None:
