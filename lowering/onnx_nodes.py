@@ -141,7 +141,8 @@ def _plain_constants(function: ir.Function) -> None:
     types = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     for node in ir.traversal.RecursiveGraphIterator(function.graph):
         for name, dtype in types.items():
-            if node.op_type == "Constant" and name in node.attributes:
+            attribute = node.attributes.get(name) if node.op_type == "Constant" else None
+            if attribute is not None and not attribute.is_ref():
                 value = np.array(node.attributes.pop(name).value, dtype=dtype)
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(value))
 
