@@ -47,11 +47,13 @@ def reference(
     """See the module."""
     if scores.is_floating_point():
         scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    select = _select_all if valid is None else _select_real
-    return select(scores, valid, out, CountRule.from_flat(prefix, rule), order == "original", fuse)
+    count_rule, in_order = CountRule.from_flat(prefix, rule), order == "original"
+    if valid is None:
+        return _select_all(scores, out, count_rule, in_order, fuse)
+    return _select_real(scores, valid, out, count_rule, in_order, fuse)
 
 
-def _select_all(scores: Tensor, _: None, out: int, rule: CountRule, in_order: bool, fuse: bool) -> Plan:
+def _select_all(scores: Tensor, out: int, rule: CountRule, in_order: bool, fuse: bool) -> Plan:
     """Every token is real, so all counts are the same in every row."""
     (batch, tokens), prefix = scores.shape, rule.prefix
     ranked = prefix + scores[:, prefix:].sort(dim=1, descending=True, stable=True).indices
