@@ -33,7 +33,7 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
             judged.append(replace(site, role="stream"))
             found.append((site, residual))
     post_norm = sum(_only_norm(residual.add) is not None for _, residual in found) * 2 > len(found)
-    limits = [order[by_name[site.node]] for site, _ in found[1:]] + [len(order)]
+    limits = [order[by_name[site.node]] for site, _ in found[1:]] + [len(order)] * bool(found)
     layers = [
         _layer(i, site, residual, post_norm, order, limit)
         for i, ((site, residual), limit) in enumerate(zip(found, limits, strict=True))

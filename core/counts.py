@@ -38,7 +38,7 @@ class CountRule:
 
     def removed(self, n: Any) -> Any:
         """Tokens that leave out of n; n is an int, a SymInt or an int64 tensor."""
-        candidates = [(a * (n - self.prefix) + b) // c for a, b, c in self.terms]
+        candidates = [_term(term, n - self.prefix) if term[0] else term[1] // term[2] for term in self.terms]
         least = candidates[0]
         for other in candidates[1:]:
             least = _minimum(least, other)
@@ -63,6 +63,14 @@ class CountRule:
     def is_identity(self) -> bool:
         """True when no row of any length can lose a token."""
         return any(a == 0 and b <= 0 for a, b, _ in self.terms)
+
+
+def _term(term: Term, free: Any) -> Any:
+    """floor((a*T + b) / c) without steps that change nothing: on tensors each would be a node."""
+    a, b, c = term
+    value = free if a == 1 else a * free
+    value = value + b if b else value
+    return value if c == 1 else value // c
 
 
 def at_most(r: int) -> Term:

@@ -44,8 +44,9 @@ def _no_mean_scatter(before: TokenGraph, after: TokenGraph, restore: bool) -> st
 
 
 def _metadata(before: TokenGraph, after: TokenGraph, restore: bool) -> str:
-    """Every call has its value's shape, which lowering reads."""
-    bare = [n.name for n in after.graph.nodes if n.op == "call_function" and "val" not in n.meta]
+    """Every call that returns something has its value's shape, which lowering reads."""
+    calls = (n for n in after.graph.nodes if n.op == "call_function" and "val" not in n.meta)
+    bare = [n.name for n in calls if getattr(getattr(n.target, "_schema", None), "returns", True)]
     return f"node {bare[0]} has no shape" if bare else ""
 
 

@@ -34,6 +34,8 @@ class CutRunner:
 
     def at(self, node: fx.Node, value: Any) -> Any:
         """The value of a node, reduced if methods run at it."""
+        if node.name == self.graph.layers[0].before_attention:
+            self.first_hidden = value
         for layer, method in self.placed.get(node.name, ()):
             value = self._stream_value(node, value)
             value = self._reduce(node, value, layer, method)
@@ -43,8 +45,7 @@ class CutRunner:
         """The stream at this cut with the current token count; the first cut starts the state."""
         run, mark = self.interpreter, self.interpreter.marks.get(node)
         if run.state is None:
-            run.state = StreamState(value.shape[0], value.shape[1], self._valid(), value.device)
-            self.first_hidden = value
+            run.state = StreamState(value.shape[0], value.shape[1], self.valid(), value.device)
         if isinstance(mark, Restored):
             return run.state.reduce_all(value)
         if run.state.plans and (not isinstance(mark, Axes) or mark.dims != (1,) or mark.epoch != run.state.epoch):
@@ -53,7 +54,7 @@ class CutRunner:
             )
         return value
 
-    def _valid(self) -> Tensor | None:
+    def valid(self) -> Tensor | None:
         """[B, N] bool of real tokens, from the padding mask of the stream's attention; None without one."""
         for layer in self.graph.layers:
             mask = self.graph.sites[layer.site].mask
@@ -146,7 +147,7 @@ class CutRunner:
                 "keys": lambda: self._at_site(site.k),
                 "values": lambda: self._at_site(site.v),
                 "positions": state.positions,
-                "source": lambda: token_map(state, hidden),
+                "source": lambda: token_map(state, hidden, state.valid),
             },
             _attention=lambda: self._attention(site),
         )

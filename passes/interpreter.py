@@ -26,6 +26,7 @@ class ReductionInterpreter(fx.Interpreter):
 
     def __init__(self, graph: TokenGraph, placed: Any, options: Options) -> None:
         super().__init__(graph.program.graph_module, garbage_collect_values=False)
+        self.extra_traceback = False  # fx would write its own sentence into our errors
         self.graph_, self.options = graph, options
         self.sites = {site.node: site for site in graph.sites}
         self.cuts = CutRunner(graph, placed, self)
@@ -124,5 +125,5 @@ class ReductionInterpreter(fx.Interpreter):
                 value = self._full(node, axes)
             values.append(value)
         if self.options.token_map:
-            values.append(token_map(self.state, self.cuts.first_hidden))
+            values.append(token_map(self.state, self.cuts.first_hidden, self.cuts.valid()))
         return values

@@ -24,12 +24,13 @@ def restored_output(value: Any, axes: Axes, state: StreamState) -> Any:
     return value
 
 
-def token_map(state: StreamState | None, hidden: Any) -> torch.Tensor:
+def token_map(state: StreamState | None, hidden: Any, valid: torch.Tensor | None) -> torch.Tensor:
     """[B, N0] int64: for every original token the slot it ends in, -1 if it was dropped or is padding."""
     if state is not None and state.plans:
         return state.source()
     batch, count = hidden.shape[:2]
-    return torch.arange(count, device=hidden.device).unsqueeze(0).expand(batch, count).clone()
+    places = torch.arange(count, device=hidden.device).unsqueeze(0).expand(batch, count)
+    return places.clone() if valid is None else torch.where(valid, places, -1)
 
 
 def with_token_map(program: ExportedProgram) -> TreeSpec:

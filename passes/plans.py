@@ -60,6 +60,8 @@ def _kept_weigh_one(tokens: Tokens, slot: Tensor, weight: Tensor | None) -> Tens
     """The fused token sums with its weights; a kept token is itself."""
     assert weight is not None
     n = tokens.hidden.shape[1] if tokens.valid is None else tokens.valid.sum(1, dtype=torch.int64).unsqueeze(1)
+    if isinstance(n, torch.SymInt):  # comparing it would bake the example's answer into the graph
+        n = torch.full((1, 1), n, dtype=torch.int64, device=slot.device)
     out = tokens.rule.out(n)
     fused = (slot == out - 1) & (tokens.rule.removed(n) > 0)
     return torch.where(fused, weight.float(), 1.0)

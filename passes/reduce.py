@@ -21,14 +21,14 @@ def reduce_tokens_of(graph: TokenGraph, methods: Sequence[TokenReduction], optio
     """Splice the methods in at their cuts and carry the smaller token count through the rest of the graph."""
     outcomes: list[Outcome] = []
     placed = _place(graph, methods, outcomes)
-    if not placed:
+    if not placed and not options.token_map:
         return Result(graph, tuple(outcomes))
     interpreter = ReductionInterpreter(graph, placed, options)
     with symbolic_counts() if options.symbolic_counts else nullcontext():
         module = retrace(graph.program, interpreter.run_all)
     outcomes += interpreter.outcomes
     outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
-    if not any(o.applied for o in interpreter.outcomes):
+    if not any(o.applied for o in interpreter.outcomes) and not options.token_map:
         return Result(graph, tuple(outcomes))
     spec = with_token_map(graph.program) if options.token_map else None
     program = rebuild(graph.program, module, out_spec=spec)

@@ -49,7 +49,6 @@ def extremum(call: Call) -> Answer:
     aten.var.correction,
     aten.std.correction,
     aten.var_mean.correction,
-    aten.cumsum.default,
     aten.argmax.default,
     aten.argmin.default,
 )
@@ -61,6 +60,18 @@ def other_axes_only(call: Call) -> Answer:
     if set(dims) & set(call.only.dims):
         raise NeedsFullLength("it takes a variance over tokens")
     return call.run(), _after(call.only, dims, bool(call.kwargs.get("keepdim", False)))
+
+
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(call: Call) -> Answer:
+    """A norm over other axes."""
+    dims = call.arg(2, "dim")
+    if dims is None:
+        raise NeedsFullLength("it takes a norm over everything")
+    over = [d % call.args[0].dim() for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    if set(over) & set(call.only.dims):
+        raise NeedsFullLength("it takes a norm over tokens")
+    return call.run(), _after(call.only, over, bool(call.arg(3, "keepdim", False)))
 
 
 def _weighted(call: Call, axes: Axes, dim: int, keep: bool, is_mean: bool) -> Tensor:

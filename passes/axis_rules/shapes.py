@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from ..reshapes import reshape_with_tokens
 from ..token_axes import Axes, NeedsFullLength
@@ -75,6 +78,21 @@ def expand(call: Call) -> Answer:
     return call.run(call.args[0], sizes), replace(axes, dims=dims, batch=batch)
 
 
+@rule(aten.expand_as.default)
+def expand_as(call: Call) -> Answer:
+    """Both have the same tokens, or the second only says other sizes."""
+    (value, like), axes, other = call.args[:2], call.axes(0), call.axes(1)
+    if other is not None:
+        like, other = align_epoch(call, like, other)
+        value = align_epoch(call, value, axes)[0] if axes else bring_side(call, value, like.dim(), other, value.shape)
+        return value.expand(like.shape), other
+    offset = like.dim() - value.dim()
+    dims = tuple(d + offset for d in call.only.dims)
+    sizes = [-1 if d in dims else size for d, size in enumerate(like.shape)]
+    batch = None if call.only.batch is None else call.only.batch + offset
+    return value.expand(sizes), replace(call.only, dims=dims, batch=batch)
+
+
 @rule(aten.unbind.int)
 def unbind(call: Call) -> Answer:
     """The unbound axis disappears from every piece."""
@@ -90,6 +108,18 @@ def split(call: Call) -> Answer:
     return call.run(), call.only
 
 
+@rule(aten.flip.default, aten.roll.default, aten.glu.default)
+def along_other_axes(call: Call) -> Answer:
+    """Reordering or halving another axis leaves the token axes."""
+    position, name = (2, "dims") if call.node.target is aten.roll.default else (1, "dims")
+    dims = call.arg(position, name, call.kwargs.get("dim", -1))
+    for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
+        _not_token(call.only, dim % call.args[0].dim())
+    if not dims and dims != 0:
+        raise NeedsFullLength("it reorders all axes together")
+    return call.run(), call.only
+
+
 @rule(operator.getitem)
 def getitem(call: Call) -> Answer:
     """A piece of a list has the axes its op gave to every piece."""
@@ -99,21 +129,37 @@ def getitem(call: Call) -> Answer:
 @rule(aten.cat.default)
 def cat(call: Call) -> Answer:
     """Joining along another axis: all pieces are brought to the same tokens."""
-    nodes, values = call.node.args[0], list(call.args[0])
-    rank = values[0].dim()
-    dim = call.arg(1, "dim", 0) % rank
-    found = None
-    for i, node in enumerate(nodes):  # type: ignore[arg-type]
+    dim = call.arg(1, "dim", 0) % call.args[0][0].dim()
+    values, axes = _same_tokens(call)
+    _not_token(axes, dim)
+    return call.run(values, dim), axes
+
+
+@rule(aten.stack.default)
+def stack(call: Call) -> Answer:
+    """As joining, with a new axis."""
+    dim = call.arg(1, "dim", 0) % (call.args[0][0].dim() + 1)
+    values, axes = _same_tokens(call)
+    return call.run(values, dim), axes.with_new(dim)
+
+
+def _same_tokens(call: Call) -> tuple[list[Tensor], Axes]:
+    """The pieces of a list argument, all brought to the tokens of now; they must have the same token axes."""
+    nodes: Any = call.node.args[0]
+    values, found = list(call.args[0]), None
+    for i, node in enumerate(nodes):
         axes = call.axes_of(node)
         if axes is not None:
-            _not_token(axes, dim)
-            values[i], found = align_epoch(call, values[i], axes)
+            values[i], axes = align_epoch(call, values[i], axes)
+            if found is not None and (axes.dims, axes.start) != (found.dims, found.start):
+                raise NeedsFullLength("token axes of different tensors do not line up")
+            found = axes
     if found is None:
         raise NeedsFullLength("a token axis comes in where none was expected")
-    for i, node in enumerate(nodes):  # type: ignore[arg-type]
+    for i, node in enumerate(nodes):
         if call.axes_of(node) is None:
-            values[i] = bring_side(call, values[i], rank, found, node.meta["val"].shape)
-    return call.run(values, dim), found
+            values[i] = bring_side(call, values[i], values[i].dim(), found, node.meta["val"].shape)
+    return values, found
 
 
 def _not_token(axes: Axes, dim: int) -> None:
