@@ -9,6 +9,7 @@ if __name__ == "tamis.kernels":
     from . import restore_tokens as restore_tokens
     from . import select_tokens as select_tokens
     from . import token_count as token_count
+    from . import valid_slots as valid_slots
 else:
     # transformers imports whatever is called `kernels` to look for a version of the package of that name, so where the
     # checkout is on the path this folder must import quietly; whoever uses something of it gets the reason.

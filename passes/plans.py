@@ -52,8 +52,7 @@ def next_valid(tokens: Tokens) -> Tensor | None:
     """[B, N'] which slots hold tokens after the reduction; None without padding."""
     if tokens.valid is None:
         return None
-    real = tokens.rule.out(tokens.valid.sum(1, dtype=torch.int64))
-    return torch.arange(tokens.out, device=tokens.hidden.device).unsqueeze(0) < real.unsqueeze(1)
+    return torch.ops.tamis.valid_slots(tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat())
 
 
 def _kept_weigh_one(tokens: Tokens, slot: Tensor, weight: Tensor | None) -> Tensor:
