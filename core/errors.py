@@ -247,6 +247,10 @@ class ExportFailed(TamisError):
     template = "{path}: could not be written as {kind}: {reason}.\n  hint: {hint}"
 
 
+class BackendCannotRun(ExportFailed):
+    template = "{path}: {backend} cannot run it: {reason}.\n  hint: {hint}"
+
+
 class OutputExists(TamisError):
     template = "{path}: exists already and was left alone.\n  hint: pass --overwrite, or choose another -o."
     exit_code = 2

@@ -60,10 +60,8 @@ class InductorModule(nn.Module):
         sizes = self.live_counts.key(flat)
         flat = [self._marked(place, value) for place, value in enumerate(flat)]
         with torch.no_grad():
-            if sizes in self.known:
-                results = self.compiled(*flat, *self.known[sizes])
-            else:
-                results = self._first_call(sizes, flat)
+            dummies = self.known.get(sizes)
+            results = self._first_call(sizes, flat) if dummies is None else self.compiled(*flat, *dummies)
         return pytree.tree_unflatten(results, self.out_spec)
 
     def _first_call(self, sizes: tuple[int, ...], flat: list[Any]) -> Any:

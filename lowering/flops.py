@@ -1,7 +1,8 @@
 """`count_flops`: floating point operations of a program, per node, without computing anything.
 
-A multiplication and an addition count as two.  Matrix products, convolutions, attention and tamis ops count; element-wise
-work, norms and softmax do not, as is usual for published figures (which count a multiply-add once: halve the total).
+A multiplication and an addition count as two.  Matrix products, convolutions, attention and tamis ops count;
+element-wise work, norms and softmax do not, as is usual for published figures (which count a
+multiply-add once: halve the total).
 """
 
 from __future__ import annotations

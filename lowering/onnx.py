@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -25,8 +24,8 @@ from torch.export import ExportedProgram
 from .. import __version__
 from ..errors import ExportFailed, TamisError
 from ..op import NAMESPACE
-from .onnx_file import LIMIT, refuse_existing, write_whole
 from . import onnx_names as names
+from .onnx_file import LIMIT, refuse_existing, write_whole
 from .onnx_nodes import add_functions, count_translation, refuse_mean_scatter, symbolic_program
 
 OPSET = 18
@@ -83,7 +82,12 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
     try:
         with _quiet():
             exported = torch.onnx.export(
-                symbolic, dynamo=True, opset_version=opset, optimize=True, verbose=False, custom_translation_table=count_translation()
+                symbolic,
+                dynamo=True,
+                opset_version=opset,
+                optimize=True,
+                verbose=False,
+                custom_translation_table=count_translation(),
             )
         model = exported.model
     except TamisError:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import BackendMismatch, ExportFailed, MissingDependency
+from ..errors import BackendCannotRun, BackendMismatch, MissingDependency
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,7 +36,7 @@ def check_onnx(
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
-        ExportFailed: ONNX Runtime cannot load or run the file.
+        BackendCannotRun: ONNX Runtime cannot load or run the file; in bfloat16 its CPU kernels are missing.
         BackendMismatch: an output differs by more than the budget, or in shape.
     """
     name = shown or str(path)
@@ -46,7 +48,7 @@ def check_onnx(
         with torch.no_grad():
             expected = [value for value in pytree.tree_leaves(call(*args, **kwargs)) if value is not None]
         given = [value for value in pytree.tree_leaves((args, kwargs)) if value is not None]
-        got = _run(session, given, name)
+        got = _run(path, session, given, name)
         shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, Tensor))
         for output, want, have in zip(session.get_outputs(), expected, got, strict=True):
             difference = _difference(want, have)
@@ -61,35 +63,42 @@ def _session(path: str | os.PathLike[str], name: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependency(
-            what="running the ONNX file", package="onnxruntime", install="tamis[cpu]"
-        ) from error
+        raise MissingDependency(what="running the ONNX file", package="onnxruntime", install="tamis[cpu]") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    try:
+    with _explained(path, name):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportFailed(path=name, kind="ONNX", reason=f"ONNX Runtime cannot load it: {error}", hint=_hint(error)) from error
 
 
-def _run(session: Any, given: list[Any], name: str) -> list[Tensor]:
-    """Outputs as tensors.  Values go in and out as OrtValues, because numpy has no bfloat16."""
-    try:
+def _run(path: str | os.PathLike[str], session: Any, given: list[Any], name: str) -> list[Tensor]:
+    with _explained(path, name):
         feeds = {one.name: _as_numpy(value) for one, value in zip(session.get_inputs(), given, strict=True)}
         return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+
+
+@contextlib.contextmanager
+def _explained(path: str | os.PathLike[str], name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
-        raise ExportFailed(path=name, kind="ONNX", reason=f"ONNX Runtime cannot run it: {error}", hint=_hint(error)) from error
+        reason, hint = str(error), "this is a bug in tamis or in an exporter; please report the model and the recipe."
+        if _has_bfloat16(path):
+            reason = f"it computes in bfloat16, for which CPU kernels are missing ({reason})"
+            hint = "export the model in float16 or float32, or leave out the check and run the file on a GPU."
+        raise BackendCannotRun(path=name, kind="ONNX", backend="ONNX Runtime", reason=reason, hint=hint) from error
+
+
+def _has_bfloat16(path: str | os.PathLike[str]) -> bool:
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:
+        return False
+    types = [one.data_type for one in graph.initializer] + [one.type.tensor_type.elem_type for one in graph.input]
+    return onnx.TensorProto.BFLOAT16 in types
 
 
 def _as_numpy(value: Any) -> np.ndarray[Any, Any]:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
-def _hint(error: Exception) -> str:
-    text = str(error).lower()
-    if "bfloat16" in text or "bf16" in text:
-        return "ONNX Runtime has no bfloat16 kernels on CPU; export the model in float16 or float32."
-    return "this is a bug in tamis or in an exporter; please report the model and the recipe."
 
 
 def _difference(want: Tensor, have: Tensor) -> float:

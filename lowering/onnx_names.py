@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-
 
 
 def output_names(program: ExportedProgram) -> list[str]:

@@ -159,6 +159,11 @@ def refuse_mean_scatter(graph: fx.Graph, path: str) -> None:
     """Raise ExportFailed for a scatter that averages: the exporter translates it to one that overwrites."""
     for node in graph.nodes:
         name = str(getattr(node.target, "_schema", None) and node.target._schema.name)
-        if name.rstrip("_") in ("aten::scatter_reduce", "aten::index_reduce") and "mean" in (*node.args, *node.kwargs.values()):
+        if name.rstrip("_") in ("aten::scatter_reduce", "aten::index_reduce") and "mean" in (
+            *node.args,
+            *node.kwargs.values(),
+        ):
             reason = f"node {node.name} ({name}) scatters with reduction 'mean', which ONNX does not have"
-            raise ExportFailed(path=path, kind="ONNX", reason=reason, hint="scatter the sum and the count, then divide.")
+            raise ExportFailed(
+                path=path, kind="ONNX", reason=reason, hint="scatter the sum and the count, then divide."
+            )

@@ -1,7 +1,7 @@
 """Traces of functions that are used again where only the names of symbols differ.
 
-Twelve layers call an op twelve times; with counts as symbols the calls trace to the same nodes.  A trace costs ten times
-what a copy does.  It is made with large examples for all symbols, so that what it decides holds for every length.
+Twelve layers call an op twelve times; with counts as symbols the calls trace to the same nodes.  A trace costs ten
+times what a copy does.  It is made with large examples for all symbols, so that what it decides holds for every length.
 """
 
 from __future__ import annotations

@@ -34,20 +34,21 @@ def test_eager_is_the_inlined_program(program, make_tokens):
     torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("length", [False, True])
-def test_inductor_equals_eager_and_compiles_once_for_all_batches(make_program, make_tokens, length):
-    program = make_program(length=length, dynamic=True, symbolic=True)
+def test_inductor_equals_eager_and_compiles_once_for_all_sizes(make_program, make_tokens):
+    program = make_program(length=True, dynamic=True, symbolic=True)
     eager, compiled = lower(program, CPU), lower(program, CPU, "default")
     made = []
     # 8 is a token count, 10 another
-    for batch, tokens in [(2, 12), (5, 12), (8, 12), (10, 12), (10, 20 if length else 12), (1, 12), (1, 12), (3, 12)]:
-        given = make_tokens(batch, tokens)
+    for batch, length in [(2, 12), (5, 12), (8, 12), (10, 12), (10, 20), (1, 12), (1, 12), (3, 12)]:
+        given = make_tokens(batch, length)
         got, kernels = kernels_made(lambda given=given: compiled(given))
         made.append(kernels)
         expected = eager(given)
         assert got.keys() == expected.keys()
         for key in expected:
             torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
+        # marks are for the compiler; the caller's tensors are not ours
+        assert not [name for name in vars(given) if "dynamic" in name]
     assert made[0] > 0
     assert made[1:5] == [0, 0, 0, 0]
     assert made[6:] == [0, 0]
@@ -66,19 +67,13 @@ def test_layers_share_kernels(make_program, make_tokens):
 
 
 def test_inlined_program_packages_ahead_of_time(make_program, make_tokens, tmp_path):
-    program = make_program(length=True, dynamic=True)
+    program = make_program(length=True, dynamic=True, layers=1)
     path = torch._inductor.aoti_compile_and_package(inline_ops(program), package_path=str(tmp_path / "toy.pt2"))
     packaged = torch._inductor.aoti_load_package(path)
     for batch, length in [(2, 12), (5, 17)]:
         given = make_tokens(batch, length)
         expected, got = program.module()(given), packaged(given)
         torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=1e-5, atol=1e-5)
-
-
-def test_the_callers_tensors_are_not_marked(make_program, make_tokens):
-    given = make_tokens(2)
-    lower(make_program(dynamic=True, symbolic=True), CPU, "default")(given)
-    assert not [name for name in vars(given) if "dynamic" in name]
 
 
 def test_arguments_packed_otherwise_are_refused(make_program, make_tokens):
