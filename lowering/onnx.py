@@ -89,6 +89,7 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
                 verbose=False,
                 custom_translation_table=count_translation(),
             )
+        assert exported is not None  # it is None only for export to a file
         model = exported.model
     except TamisError:
         raise
