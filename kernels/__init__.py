@@ -2,6 +2,7 @@
 
 if __name__ == "tamis.kernels":
     from . import attention as attention
+    from . import attention_lse as attention_lse
     from . import attention_statistics as attention_statistics
     from . import bipartite_match as bipartite_match
     from . import hash_scores as hash_scores

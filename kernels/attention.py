@@ -1,4 +1,4 @@
-"""attention: scaled dot-product attention with a bias per key, and its log-sum-exp.
+"""attention: scaled dot-product attention with a bias per key (its log-sum-exp: attention_lse).
 
     L[b, h, i, j] = scale * q_i . k_j + key_bias[b, j] + mask[b, h, i, j];   A = softmax_j(L);   out = A v
 
@@ -8,12 +8,11 @@ key_bias  [B, M]           float32  added to every query's logits: log of token 
 mask      [., ., N, M]     broadcast to [B, H, N, M]: bool (true: seen) or float (added)
 scale     float
 causal    bool             query i sees keys j <= i, counted from the first
-->        out [B, H, N, D] as q;  lse [B, H, N] float32: log sum_j exp L_ij
+->        [B, H, N, D] as q
 
-`out` is one call of torch's scaled_dot_product_attention (with its precision), which gets the bias as a [B, 1, 1, M]
-mask, never N x N unless `mask` or `causal` is; lse is float32 arithmetic of its own, which costs nothing when unused
-and inlined (dead code).  For float64 input lse is float64.  A query that sees no key at all: unspecified, except that
-other queries are not touched.  Raises nothing of its own.
+One call of torch's scaled_dot_product_attention (with its precision), which gets the bias as a [B, 1, 1, M] mask, never
+N x N unless `mask` or `causal` is.  A query that sees no key at all: unspecified, except that other queries are not
+touched.  Raises nothing of its own.
 Source: methods 0.7 and 1.4 (i).
 """
 
@@ -37,10 +36,10 @@ MaybeTensor = Tensor | None
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """See the module."""
-    bias = _added_to_logits(q, k, key_bias, mask, causal and not (key_bias is None and mask is None))
-    out = scaled_dot_product_attention(
+    bias = added_to_logits(q, k, key_bias, mask, causal and not (key_bias is None and mask is None))
+    return scaled_dot_product_attention(
         q,
         k,
         v,
@@ -49,9 +48,6 @@ def reference(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    logits = grouped_logits(q, k, scale)
-    bias = _added_to_logits(logits, k, key_bias, mask, causal)
-    return out, (logits if bias is None else logits + bias).logsumexp(dim=-1)
 
 
 def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -63,7 +59,7 @@ def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return (queries @ k.to(dtype).transpose(2, 3)).reshape(batch, heads, rows, keys)
 
 
-def _added_to_logits(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, causal: bool) -> MaybeTensor:
+def added_to_logits(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, causal: bool) -> MaybeTensor:
     """Everything added to the logits as one float mask of q's type that broadcasts, None when nothing is."""
     bias = None if key_bias is None else key_bias.to(q.dtype)[:, None, None, :]
     seen = mask if mask is not None and mask.dtype == torch.bool else None
@@ -80,15 +76,21 @@ def _added_to_logits(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTen
 
 def fake(
     q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Shape rule."""
-    out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+    return torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-# In all three, query heads that share a key head are stacked, so that no key or value is repeated.
 @script(TAMIS, default_opset=op)
 def Attention(q, k, v, key_bias, scale: float):
+    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
+    logits = op.MatMul(op.Cast(q, to=1) * scale, keys) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    return op.CastLike(op.MatMul(op.Softmax(logits, axis=-1), op.Cast(v, to=1)), q)
+
+
+# In the others, query heads that share a key head are stacked, so that no key or value is repeated.
+@script(TAMIS, default_opset=op)
+def AttentionGrouped(q, k, v, key_bias, scale: float):
     queries = op.Cast(q, to=1) * scale
     heads = op.Shape(k, start=1, end=2)
     stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
@@ -100,8 +102,7 @@ def Attention(q, k, v, key_bias, scale: float):
     together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
     mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
     shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    out = op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
-    return out, op.ReduceLogSumExp(logits, [-1], keepdims=0)
+    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
 
 
 @script(TAMIS, default_opset=op)
@@ -122,8 +123,7 @@ def AttentionMasked(q, k, v, key_bias, mask, scale: float, causal: int):
     together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
     mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
     shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    out = op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
-    return out, op.ReduceLogSumExp(logits, [-1], keepdims=0)
+    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
 
 
 @script(TAMIS, default_opset=op)
@@ -144,17 +144,17 @@ def AttentionSeen(q, k, v, key_bias, seen, scale: float, causal: int):
     together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
     mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
     shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    out = op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
-    return out, op.ReduceLogSumExp(logits, [-1], keepdims=0)
+    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
 
 
 def onnx(
     q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
 ) -> OnnxCall:
-    """Calls Attention; AttentionSeen for a boolean mask, AttentionMasked for a float one or for causality."""
+    """Calls Attention(Grouped); AttentionSeen for a boolean mask, AttentionMasked for a float one or causality."""
     bias = [0] if key_bias is None else key_bias
     if mask is None and not causal:
-        return OnnxCall(Attention, [q, k, v, bias], {"scale": scale})
+        plain = Attention if q.shape[1] == k.shape[1] else AttentionGrouped
+        return OnnxCall(plain, [q, k, v, bias], {"scale": scale})
     function = AttentionSeen if mask is not None and mask.dtype == torch.bool else AttentionMasked
     return OnnxCall(function, [q, k, v, bias, [0] if mask is None else mask], {"scale": scale, "causal": int(causal)})
 
@@ -189,8 +189,7 @@ def samples() -> Iterator[tuple[Any, ...]]:
 ATTENTION = define_op(
     Op(
         name="attention",
-        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? mask, float scale, bool causal)"
-        " -> (Tensor out, Tensor lse)",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? mask, float scale, bool causal) -> Tensor",
         reference=reference,
         fake=fake,
         onnx=onnx,

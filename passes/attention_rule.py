@@ -34,7 +34,7 @@ def attend(call: Call, site: Site) -> Answer:
         if site.kv_heads != site.heads:
             kwargs["enable_gqa"] = True
         return SDPA(q, k, v, mask, **kwargs), answer
-    return ATTENTION(q, k, v, bias, mask, site.scale, False)[0], answer
+    return ATTENTION(q, k, v, bias, mask, site.scale, False), answer
 
 
 def site_uses_default_scale(site: Site) -> bool:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from onnx_call import run_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import sdpa_flop_count
 
-from tamis.kernels.attention import ATTENTION, Attention
+from tamis.kernels.attention import ATTENTION
 from tamis.kernels.attention import reference as attend
+from tamis.kernels.attention_lse import reference as log_sum_exp
 from tamis.kernels.attention_statistics import reference as rows
-from tamis.kernels.prune_function import prune_function
-from tamis.op import OnnxCall
 
 SEEN, ADDED = "seen", "added"
 
@@ -55,7 +52,8 @@ def test_attention_equals_the_definition(sizes, bias, mask, causal):
     c = case(*sizes)
     key_bias, given = c["bias"] if bias else None, c[mask] if mask else None
     expected_out, expected_lse, _ = definition(c, bias, mask, 0.3, causal)
-    out, lse = attend(c["q"], c["k"], c["v"], key_bias, given, 0.3, causal)
+    out = attend(c["q"], c["k"], c["v"], key_bias, given, 0.3, causal)
+    lse = log_sum_exp(c["q"], c["k"], key_bias, given, 0.3, causal)
     torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-6)
     assert lse.dtype == torch.float32
@@ -76,10 +74,10 @@ def test_log_sizes_stand_for_duplicates():
     c = case(2, 2, 4, 4)
     times = torch.tensor([1, 3, 2, 1])
     k, v = (c[name].repeat_interleave(times, 2) for name in "kv")
-    dense, _ = attend(c["q"], k, v, None, None, 0.3, False)
+    dense = attend(c["q"], k, v, None, None, 0.3, False)
     bias = times.float().log().expand(2, 4)
-    torch.testing.assert_close(attend(c["q"], c["k"], c["v"], bias, None, 0.3, False)[0], dense, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(attend(c["q"], c["k"], c["v"], None, None, 0.3, False)[0], dense, atol=1e-2)
+    torch.testing.assert_close(attend(c["q"], c["k"], c["v"], bias, None, 0.3, False), dense, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(attend(c["q"], c["k"], c["v"], None, None, 0.3, False), dense, atol=1e-2)
 
 
 def traced(bias: bool, mask: str | None, grouped: bool = False) -> Any:
@@ -89,7 +87,7 @@ def traced(bias: bool, mask: str | None, grouped: bool = False) -> Any:
     def out_only(q, k, v, *rest):
         given = list(rest)
         key_bias = given.pop(0) if bias else None
-        return attend(q, k, v, key_bias, given.pop(0) if mask else None, 0.3, False)[0]
+        return attend(q, k, v, key_bias, given.pop(0) if mask else None, 0.3, False)
 
     graph = make_fx(out_only, pre_dispatch=True)(*inputs).graph
     graph.eliminate_dead_code()
@@ -113,16 +111,3 @@ def test_the_flop_count_is_that_of_torch():
     c = case(4, 4, 7, 7)
     shapes = [c[name].shape for name in "qkv"]
     assert ATTENTION.flops(*shapes, None, None, 0.3, False) == sdpa_flop_count(*shapes) == 2 * 2 * 2 * 4 * 7 * 7 * 8
-
-
-def test_an_unused_log_sum_exp_leaves_the_onnx_function():
-    whole = Attention.to_function_proto()
-    pruned = prune_function(whole, [True, False])
-    assert prune_function(whole, [True, True]) is whole
-    assert [node.op_type for node in whole.node].count("ReduceLogSumExp") == 1
-    assert "ReduceLogSumExp" not in [node.op_type for node in pruned.node]
-    assert (list(pruned.output), pruned.name) == (list(whole.output[:1]), "Attention_0")
-    q, k, v = (torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    expected = attend(q, k, v, torch.zeros(1, 5), None, 0.5, False)[0]
-    call = OnnxCall(SimpleNamespace(to_function_proto=lambda: pruned), [q, k, v, torch.zeros(1, 5)], {"scale": 0.5})
-    torch.testing.assert_close(run_call(call, [expected])[0], expected, rtol=1e-6, atol=1e-6)

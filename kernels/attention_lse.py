@@ -1,0 +1,92 @@
+"""attention_lse: the log-sum-exp of attention's logits, from which every statistic of the attention follows.
+
+    lse[b, h, i] = log sum_j exp(scale * q_i . k_j + key_bias[b, j] + mask[b, h, i, j])
+
+q         [B, H, N, D]     float
+k         [B, Hk, M, D]    float    Hk divides H
+key_bias, mask, scale, causal       as in `attention`
+->        [B, H, N]        float32 (float64 for float64 input)
+
+An op of its own, so that attention costs nothing more where nobody asks; a kernel that computes both is a fusion.
+Raises nothing of its own.  Source: methods 0.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from onnxscript import script
+from torch import Tensor
+
+from ..op import OnnxCall, Op, define_op
+from . import attention
+from .attention import MaybeTensor, added_to_logits, grouped_logits
+from .opset import STANDARD as op
+from .opset import TAMIS
+from .precision import compute_dtype
+
+
+def reference(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool) -> Tensor:
+    """See the module."""
+    logits = grouped_logits(q, k, scale)
+    bias = added_to_logits(logits, k, key_bias, mask, causal)
+    return (logits if bias is None else logits + bias).logsumexp(dim=-1)
+
+
+def fake(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool) -> Tensor:
+    """Shape rule."""
+    return q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+
+
+@script(TAMIS, default_opset=op)
+def AttentionLse(q, k, key_bias, mask, scale: float, causal: int):
+    heads = op.Shape(k, start=1, end=2)
+    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
+    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
+    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
+    product = op.MatMul(op.Reshape(op.Cast(q, to=1) * scale, groups, allowzero=1), keys)
+    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
+    biased = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
+    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
+    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
+    lowest = op.Constant(value_float=float("-inf"))
+    logits = op.Where(hidden, lowest, biased + op.Cast(mask, to=1))
+    return op.ReduceLogSumExp(logits, [-1], keepdims=0)
+
+
+def onnx(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool) -> OnnxCall:
+    """Calls AttentionLse; a boolean mask is given to it as a float one."""
+    bias = [0] if key_bias is None else key_bias
+    added: Any = [0] if mask is None else mask
+    if mask is not None and mask.dtype == torch.bool:
+        added = torch.where(mask, 0.0, -torch.inf)
+    return OnnxCall(AttentionLse, [q, k, bias, added], {"scale": scale, "causal": int(causal)})
+
+
+def flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """One product: 2 * B * H * N * M * D."""
+    batch, heads, rows, width = q
+    return 2 * batch * heads * rows * k[2] * width
+
+
+def samples() -> Iterator[tuple[Any, ...]]:
+    """Those of attention, without values."""
+    for q, k, _, *rest in attention.samples():
+        yield q, k, *rest
+
+
+ATTENTION_LSE = define_op(
+    Op(
+        name="attention_lse",
+        schema="(Tensor q, Tensor k, Tensor? key_bias, Tensor? mask, float scale, bool causal) -> Tensor",
+        reference=reference,
+        fake=fake,
+        onnx=onnx,
+        flops=flops,
+        samples=samples,
+        triton=None,
+    )
+)
