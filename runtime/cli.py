@@ -167,6 +167,9 @@ def _check_usage(options: argparse.Namespace) -> None:
     if options.quiet and options.verbose:
         raise WrongUsage(problem="--quiet and --verbose exclude each other", hint="give one of them.")
     if not (options.list_passes or options.check or options.passes or options.config):
+        from ..capture.paths import check_exists
+
+        check_exists(options.input)  # a wrong path is the more likely mistake
         raise WrongUsage(problem="no passes were given", hint="--pass tome:r=13, or --check to see which would apply.")
 
 
