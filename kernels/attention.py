@@ -126,37 +126,22 @@ def AttentionMasked(q, k, v, key_bias, mask, scale: float, causal: int):
     return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
 
 
-@script(TAMIS, default_opset=op)
-def AttentionSeen(q, k, v, key_bias, seen, scale: float, causal: int):
-    queries = op.Cast(q, to=1) * scale
-    heads = op.Shape(k, start=1, end=2)
-    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
-    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
-    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
-    product = op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)
-    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
-    biased = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
-    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
-    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
-    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
-    lowest = op.Constant(value_float=float("-inf"))
-    logits = op.Where(op.Or(hidden, op.Not(seen)), lowest, biased)
-    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
-    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
-    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+def as_added(mask: MaybeTensor) -> Any:
+    """A mask as ONNX functions take it: float, added to the logits; [0] for none."""
+    if mask is None:
+        return [0]
+    return torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def onnx(
     q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
 ) -> OnnxCall:
-    """Calls Attention(Grouped); AttentionSeen for a boolean mask, AttentionMasked for a float one or causality."""
+    """Calls Attention, AttentionGrouped where heads share keys, or AttentionMasked with a mask or causality."""
     bias = [0] if key_bias is None else key_bias
     if mask is None and not causal:
         plain = Attention if q.shape[1] == k.shape[1] else AttentionGrouped
         return OnnxCall(plain, [q, k, v, bias], {"scale": scale})
-    function = AttentionSeen if mask is not None and mask.dtype == torch.bool else AttentionMasked
-    return OnnxCall(function, [q, k, v, bias, [0] if mask is None else mask], {"scale": scale, "causal": int(causal)})
+    return OnnxCall(AttentionMasked, [q, k, v, bias, as_added(mask)], {"scale": scale, "causal": int(causal)})
 
 
 def flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

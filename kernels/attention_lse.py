@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from onnxscript import script
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
 from . import attention
-from .attention import MaybeTensor, added_to_logits, grouped_logits
+from .attention import MaybeTensor, added_to_logits, as_added, grouped_logits
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -58,12 +57,9 @@ def AttentionLse(q, k, key_bias, mask, scale: float, causal: int):
 
 
 def onnx(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool) -> OnnxCall:
-    """Calls AttentionLse; a boolean mask is given to it as a float one."""
+    """Calls AttentionLse."""
     bias = [0] if key_bias is None else key_bias
-    added: Any = [0] if mask is None else mask
-    if mask is not None and mask.dtype == torch.bool:
-        added = torch.where(mask, 0.0, -torch.inf)
-    return OnnxCall(AttentionLse, [q, k, bias, added], {"scale": scale, "causal": int(causal)})
+    return OnnxCall(AttentionLse, [q, k, bias, as_added(mask)], {"scale": scale, "causal": int(causal)})
 
 
 def flops(q: Any, k: Any, *_: Any, **__: Any) -> int:

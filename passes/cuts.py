@@ -163,6 +163,14 @@ class CutRunner:
     def _attention(self, site: Site) -> Attention:
         state, keys, queries = self._state, self._at_site(site.k), self._at_site(site.q)
         bias = state.key_bias()
+        if site.mask.kind == "bias":
+            raise MethodFailed(
+                where=f"{site.module or site.node}",
+                method="attention statistics",
+                shape=shape_text(queries),
+                reason="this attention has a bias for every pair of tokens, which its statistics do not know yet",
+                hint="choose a method that does not read attention, such as tome or random.",
+            )
 
         def class_query() -> Tensor:
             if state.valid is None or state.plans:

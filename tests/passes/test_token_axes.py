@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import draw
 
 from tamis.capture import capture
-from tamis.errors import TokenAxisUnsupported
+from tamis.errors import MethodFailed, TokenAxisUnsupported
 from tamis.graph import TokenGraph
 from tamis.rewrite import Pipeline
 
@@ -191,6 +191,12 @@ def reduced_table(table: Tensor, side: str, kept: Tensor) -> Tensor:
     if side == "bias":
         return table[:, kept][:, :, kept]
     return table[kept] if side else table
+
+
+def test_scores_from_attention_are_refused_where_it_has_a_bias_per_pair() -> None:
+    _, graph = trunk(lambda x: x[:, 0], "bias")
+    with pytest.raises(MethodFailed, match="a bias for every pair of tokens"):
+        run(graph, "evit:keep_ratio=0.5", 2)
 
 
 class GridBetween(Trunk):
