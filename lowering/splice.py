@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx
@@ -52,6 +53,10 @@ class Splicer:
         Raises:
             BrokenInvariant: the function makes a tensor out of Python numbers, which a program has no place for.
         """
+        with _no_guards(self.mode):
+            return self._splice(node, function)
+
+    def _splice(self, node: fx.Node, function: Callable[..., Any]) -> Any:
         template, renaming = self._template(node, function)
         values: dict[fx.Node, fx.Node] = {}
         inputs = iter(node.all_input_nodes)
@@ -77,6 +82,11 @@ class Splicer:
             self.templates[key] = Template(node, shape, function, self.mode)
         template = self.templates[key]
         return template, Renaming(self.mode, dict(zip(template.symbols, shape.symbols, strict=True)))
+
+
+def _no_guards(mode: Any) -> AbstractContextManager[None]:
+    """Two counts that are equal in the example must not become one symbol of the program."""
+    return mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
 
 
 def _replace(node: fx.Node, result: Any) -> None:

@@ -1,7 +1,8 @@
 """Traces of functions that are used again where only the names of symbols differ.
 
 Twelve layers call an op twelve times; with counts as symbols the calls trace to the same nodes.  A trace costs ten
-times what a copy does.  It is made with large examples for all symbols, so that what it decides holds for every length.
+times what a copy does.  It is made with large examples for all symbols, so that what it decides holds for every length;
+where tokens are a number and their count a symbol, the number decides, and only the same example may use it again.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class Template:
     def __init__(self, node: fx.Node, shape: Shape, function: Callable[..., Any], mode: Any) -> None:
         inputs = node.all_input_nodes
         values, self.symbols = [one.meta["val"] for one in inputs], shape.symbols
-        if len(shape.symbols) > 1:  # one alone is the batch, whose example is as good as any
+        if shape.is_open:
             symbols = [mode.shape_env.create_symintnode(symbol, hint=None) for symbol in shape.symbols]
             mode, generic = generic_examples([*values, *symbols])
             values, self.symbols = generic[: len(inputs)], [one.node.expr for one in generic[len(inputs) :]]
+            assert all(size >= 0 for value in values for size in _example(value))
 
         def call(*values: Any) -> Any:
             by_node = dict(zip(inputs, values, strict=True))
@@ -46,7 +48,12 @@ class Shape:
     def __init__(self, node: fx.Node) -> None:
         self.symbols: list[Any] = []
         inputs = {one: i for i, one in enumerate(node.all_input_nodes)}
-        self.key = repr(fx.map_arg((node.args, node.kwargs), lambda n: f"{inputs[n]}:{self._value(n.meta['val'])}"))
+        arguments = repr(fx.map_arg((node.args, node.kwargs), lambda n: f"{inputs[n]}:{self._value(n.meta['val'])}"))
+        tokens_known = any(_has_known_tokens(one.meta["val"]) for one in inputs)
+        # a symbol alone is the batch, whose example is as good as any
+        self.is_open = len(self.symbols) > 1 and not tokens_known
+        examples = [] if self.is_open else [_example(one.meta["val"]) for one in inputs]
+        self.key = f"{arguments}{examples}"
 
     def _value(self, value: Any) -> str:
         if not isinstance(value, Tensor):
@@ -62,6 +69,21 @@ class Shape:
             if symbol not in self.symbols:
                 self.symbols.append(symbol)
         return str(expression.xreplace({s: _Numbered(self.symbols.index(s)) for s in expression.free_symbols}))
+
+
+def _has_known_tokens(value: Any) -> bool:
+    """Whether the token axis of a tensor ([B, N], [B, N, C], [B, H, N, D]) is a number other than 1."""
+    axis = 2 if isinstance(value, Tensor) and value.ndim == 4 else 1
+    if not isinstance(value, Tensor) or value.ndim <= axis:
+        return False
+    tokens = value.shape[axis]
+    is_number = not isinstance(tokens, torch.SymInt) or tokens.node.expr.is_number  # a symbol may have become one
+    return is_number and int(tokens) != 1
+
+
+def _example(value: Any) -> tuple[Any, ...]:
+    sizes = value.shape if isinstance(value, Tensor) else (value,)
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
 def _Numbered(index: int) -> Any:
