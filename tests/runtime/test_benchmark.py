@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from tamis.report import Benchmark
+from tamis.runtime import benchmark as timing
 from tamis.runtime.benchmark import benchmark
 
 
-def test_ratios_of_known_delays() -> None:
-    found = benchmark(lambda: time.sleep(0.02), lambda: time.sleep(0.005), repeats=3, shapes="x f32[1]")
-    assert 2.5 < found.speedup < 4.5  # sleep takes a little longer than asked
-    assert 20 <= found.original_ms < 30
+class Clock:
+    """A clock that only work moves: a loaded machine changes nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_ratios_of_known_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = benchmark(lambda: clock.work(0.02), lambda: clock.work(0.005), repeats=3, shapes="x f32[1]")
+    assert found.speedup == pytest.approx(4)
+    assert (found.original_ms, found.result_ms) == pytest.approx((20, 5))
     assert found.rounds == 3
     assert found.mode == "eager"
 
 
-def test_slow_first_calls_do_not_count() -> None:
-    calls = {"a": 0, "b": 0}
+def test_slow_first_calls_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = Clock(monkeypatch), {"a": 0, "b": 0}
 
     def slow_at_first(name: str) -> None:
         calls[name] += 1
-        time.sleep(0.3 if calls[name] in (1, 4) else 0.01)
+        clock.work(0.3 if calls[name] in (1, 4) else 0.01)
 
     found = benchmark(lambda: slow_at_first("a"), lambda: slow_at_first("b"), repeats=3, shapes="x")
-    assert found.original_ms < 20
-    assert found.high < 2
-    assert found.low > 0.5
+    assert found.original_ms == pytest.approx(10)
+    assert (found.low, found.high) == pytest.approx((1, 1))
 
 
 @pytest.mark.parametrize(("speedup", "word"), [(1.5, "1.50x faster"), (0.5, "0.50x SLOWER")])

@@ -62,7 +62,7 @@ def test_help_documents_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "error: no model was given.\n  hint: optimize-model INPUT --pass NAME:ARGS, or --help.\n"),
         (["a", "-m", "b"], "error: the model is given twice, as INPUT and with --model.\n"),
-        (["a"], "error: no passes were given.\n  hint: --pass tome:r=13, or --check"),
+        (["timm:a"], "error: no passes were given.\n  hint: --pass tome:r=13, or --check"),
         (["a", "--check", "--report", "r.html"], "error: --report r.html: only JSON is written.\n"),
         (["a", "--check", "-q", "-v"], "error: --quiet and --verbose exclude each other.\n"),
         (["a", "--frobnicate"], "error: unrecognized arguments: --frobnicate.\n"),
