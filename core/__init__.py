@@ -15,7 +15,6 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "compile": "runtime.api",
     "load": "runtime.api",
-    "capture": "capture",
     "CompiledModel": "runtime.compiled",
     "TokenGraph": "graph",
     "Tokens": "tokens",
@@ -30,7 +29,6 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from .capture import capture as capture
     from .errors import TamisError as TamisError
     from .graph import TokenGraph as TokenGraph
     from .rewrite import Outcome as Outcome

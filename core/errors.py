@@ -147,7 +147,7 @@ class WindowedAttention(NoTokenStream):
 
 
 class UnknownPass(TamisError):
-    template = "unknown pass {name!r}{nearest}.\n  hint: optimize-model --list-passes shows all of them."
+    template = "unknown pass {name!r}{nearest}\n  hint: optimize-model --list-passes shows all of them."
     exit_code = 2
 
 
@@ -159,7 +159,7 @@ class BadPassText(TamisError):
 
 
 class UnknownParameter(TamisError):
-    template = "{where}: no parameter {name!r}{nearest}.\n  hint: {hint}"
+    template = "{where}: no parameter {name!r}{nearest}\n  hint: {hint}"
     exit_code = 2
 
 
@@ -276,7 +276,7 @@ class UnknownOutputFormat(TamisError):
 class OriginalMissing(TamisError):
     template = (
         "{what}: a model loaded from a file has no original to compare with.\n"
-        "  hint: fast.with_original(tamis.capture(model, inputs)) gives it one."
+        "  hint: fast.with_original(graph) gives it one; graph is tamis.capture.capture(model, inputs)."
     )
     exit_code = 2
 
@@ -290,6 +290,14 @@ class WrongSourceModel(TamisError):
     template = (
         "{path}: the recipe was made for a model with hash {expected}, this one has {got}.\n"
         "  hint: remove 'source_hash' from the recipe to use it on another model."
+    )
+    exit_code = 2
+
+
+class TargetMissing(TamisError):
+    template = (
+        "target {target}: this machine has no such device, and compiling for one that is not here is not there yet.\n"
+        "  hint: leave target out, or run this where the device is."
     )
     exit_code = 2
 

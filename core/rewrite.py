@@ -146,7 +146,7 @@ def find_pass(name: str) -> type[Pass]:
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=2)
-    raise UnknownPass(name=name, nearest=f"; did you mean {' or '.join(near)}?" if near else "")
+    raise UnknownPass(name=name, nearest=f"; did you mean {' or '.join(near)}?" if near else ".")
 
 
 def build_pass(name: str, parameters: dict[str, Any]) -> Pass:
@@ -226,11 +226,11 @@ def _advice(parameter: str, value: Any, known: list[str]) -> dict[str, str]:
     if parameter in SPELLINGS and "keep_ratio" in known:
         kept = round(1 - value, 6) if SPELLINGS[parameter] and isinstance(value, int | float) else value
         return {
-            "nearest": "",
+            "nearest": ".",
             "hint": f"write keep_ratio={kept}; keep_ratio is the fraction kept, everywhere in tamis.",
         }
     near = difflib.get_close_matches(parameter, known, n=1)
-    return {"nearest": f"; did you mean {near[0]}?" if near else "", "hint": f"it takes {', '.join(known)}."}
+    return {"nearest": f"; did you mean {near[0]}?" if near else ".", "hint": f"it takes {', '.join(known)}."}
 
 
 @dataclass(frozen=True)

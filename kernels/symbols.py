@@ -102,7 +102,8 @@ def generic_examples(values: Sequence[Any]) -> tuple[Any, list[Any]]:
         if not isinstance(number, torch.SymInt):
             return number
         expression = number.node.expr.xreplace(new)
-        return shape_env.create_symintnode(expression, hint=int(shape_env.size_hint(expression)))
+        example = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # the second is torch 2.11's
+        return shape_env.create_symintnode(expression, hint=int(example(expression)))
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):

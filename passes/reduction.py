@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from ..counts import ALL, CountRule, Term, at_most, keep_at_least
@@ -58,6 +58,16 @@ class TokenReduction(Pass):
                 raise BadParameter(where=self.name, name=name, rule=rule, got=schedule, hint=hint)
             object.__setattr__(self, name, schedule)
         object.__setattr__(self, "layers", _read_layers(self.layers, self.name))
+        self._check_switches()
+
+    def _check_switches(self) -> None:
+        """Parameters whose default is a bool or an int take only that."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, bool | int) and type(value) is not type(f.default):
+                rule = "true or false" if isinstance(f.default, bool) else "a whole number"
+                hint = f"its default is {str(f.default).lower()}."
+                raise BadParameter(where=self.name, name=f.name, rule=rule, got=repr(value), hint=hint)
 
     @abstractmethod
     def plan(self, tokens: Tokens) -> Plan:
@@ -75,7 +85,9 @@ class TokenReduction(Pass):
     def selected(self, layers: int) -> list[int]:
         """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
         chosen = self.default_layers(layers) if self.layers is None else self.layers
-        for layer in chosen:
+        amount = self.keep_ratio if self.r is None else self.r
+        named = [layer for layer, _ in amount.values] if amount.kind == "table" else []
+        for layer in (*chosen, *named):
             if not -layers <= layer < layers:
                 raise BadParameter(
                     where=self.name,
@@ -103,6 +115,8 @@ class TokenReduction(Pass):
 
     def why_not(self, graph: TokenGraph) -> str:
         """Why this method cannot run on the graph; "" when it can."""
+        if any(getattr(node.target, "namespace", "") == "tamis" for node in graph.graph.nodes):
+            return "the model was reduced before; put all passes in one recipe for the original, where they compose"
         if not graph.layers:
             return str(graph.why_no_stream or "no token stream was found")
         if self.needs_class_token and not graph.class_token:

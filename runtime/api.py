@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadParameter, ExampleInputsMissing, TamisError
+from ..errors import BadParameter, ExampleInputsMissing, TamisError, TargetMissing
 from ..graph import TokenGraph
 from ..report import Report, outcome_dict
 from ..rewrite import Pipeline, Result
@@ -94,7 +94,7 @@ class Options:
     def checked(self, passes: Any) -> Pipeline:
         """Read the passes and check everything that can be checked before work starts."""
         if str(self.target) != "auto":
-            Target.parse(self.target)
+            _require_device(Target.parse(self.target))
         if self.mode is not None and self.mode not in MODES:
             hint = "as in torch.compile; None (no --mode) runs eagerly."
             raise BadParameter(
@@ -241,6 +241,13 @@ def _verified(report: Report, compiled: CompiledModel) -> Report:
         return report.with_changes(drift=compiled.verify(*args, **kwargs))
     except Exception as error:
         return report.with_changes(notes=(*report.notes, f"not compared with the original: {first_line(error)}"))
+
+
+def _require_device(target: Target) -> None:
+    import torch
+
+    if target.device != "cpu" and not torch.cuda.is_available():
+        raise TargetMissing(target=target)
 
 
 def _target(target: str | Target, graph: TokenGraph) -> Target:

@@ -102,7 +102,7 @@ def _add_proof(group: Any) -> None:
 def _add_talk(group: Any) -> None:
     group.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     group.add_argument("-v", "--verbose", action="count", default=0, help="log what happens (-vv: more)")
-    group.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress and no closing line")
     group.add_argument("--debug", action="store_true", help="tracebacks")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputMismatch, OriginalMissing
+from ..errors import InputMismatch, OriginalMissing, UnknownOutputFormat
 from ..graph import TokenGraph
 from ..report import Benchmark, Drift, Report
 from ..target import Target
@@ -63,7 +63,7 @@ class CompiledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns; with token_map=True (that, token_map [B, N] int64)."""
         args, kwargs = self._inputs.bind(args, kwargs)
-        return self._lowered("result", self.graph)(*args, **kwargs)
+        return _called(self._lowered("result", self.graph), (args, kwargs), self.graph.name)
 
     def verify(self, *args: Any, **kwargs: Any) -> Drift:
         """Run original and result on these inputs and compare; example inputs when there are none.
@@ -78,8 +78,8 @@ class CompiledModel(nn.Module):
         original = self._original("verify")
         call = self._call(args, kwargs)
         with torch.no_grad():
-            before = self._lowered("original", original)(*call[0], **call[1])
-            after = self._lowered("result", self.graph)(*call[0], **call[1])
+            before = _called(self._lowered("original", original), call, original.name)
+            after = _called(self._lowered("result", self.graph), call, original.name)
         after = after[0] if self.token_map else after
         mask = mask_of(original.program, call)
         if mask is None:
@@ -123,6 +123,7 @@ class CompiledModel(nn.Module):
         """
         from .package import export_checked
 
+        _check_suffix(path, ".onnx")
         return export_checked(self, os.fspath(path), inline=inline, overwrite=overwrite, check=check)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> str:
@@ -133,6 +134,7 @@ class CompiledModel(nn.Module):
         """
         from .package import save_package
 
+        _check_suffix(path, ".pt2")
         return save_package(self, os.fspath(path), overwrite=overwrite)
 
     def with_original(self, original: TokenGraph | None) -> CompiledModel:
@@ -197,3 +199,20 @@ class CompiledModel(nn.Module):
         self._callables.clear()
         self._adopt_weights()
         return self
+
+
+def _called(module: Any, call: Any, name: str) -> Any:
+    """Call a program; sizes that its guards refuse are the caller's mistake, and said so."""
+    try:
+        return module(*call[0], **call[1])
+    except AssertionError as error:
+        rule = str(error).partition("Guard failed: ")[2]
+        if not rule:
+            raise
+        hint = "only batch and sequence length may differ from the example inputs, and length up to the model's limit."
+        raise InputMismatch(where=name, rule=f"inputs must satisfy {rule}", got="other sizes", hint=hint) from error
+
+
+def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:
+    if not os.fspath(path).endswith(suffix):
+        raise UnknownOutputFormat(path=os.fspath(path))

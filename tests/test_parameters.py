@@ -70,7 +70,7 @@ def message(error: type[Exception], action) -> str:
         (
             "tone:r=3",
             UnknownPass,
-            "unknown pass 'tone'; did you mean tome?.\n  hint: optimize-model --list-passes shows all of them.",
+            "unknown pass 'tone'; did you mean tome?\n  hint: optimize-model --list-passes shows all of them.",
         ),
         (
             "zzz",
@@ -92,7 +92,7 @@ def message(error: type[Exception], action) -> str:
         (
             "tome:r=3,layer=[1]",
             UnknownParameter,
-            "tome: no parameter 'layer'; did you mean layers?.\n  hint: it takes r, keep_ratio, layers, prop_attn.",
+            "tome: no parameter 'layer'; did you mean layers?\n  hint: it takes r, keep_ratio, layers, prop_attn.",
         ),
         (
             "tome:13",
