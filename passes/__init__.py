@@ -7,11 +7,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from . import methods
+from .plans import keep_plan as keep_plan
+from .plans import match_plan as match_plan
 from .reduction import TokenReduction as TokenReduction
 
 _found = {name: import_module(f"{methods.__name__}.{name}") for _, name, _ in iter_modules(methods.__path__)}
 
-from ..rewrite import _REGISTRY  # noqa: E402
+from ..registry import _REGISTRY, origin_of  # noqa: E402
 
-globals().update({cls.__name__: cls for cls in _REGISTRY.values()})
-__all__ = ["TokenReduction", *sorted(cls.__name__ for cls in _REGISTRY.values())]
+_own = [cls for cls in _REGISTRY.values() if origin_of(cls) == "tamis"]
+globals().update({cls.__name__: cls for cls in _own})
+__all__ = ["TokenReduction", "keep_plan", "match_plan", *sorted(cls.__name__ for cls in _own)]
