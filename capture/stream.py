@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 
 from ..graph import Layer, Site
 from .masks import ancestors
+from .rotation import keys_before_rotation
 
 aten = torch.ops.aten
 ADDS = (aten.add.Tensor, aten.add_.Tensor)
@@ -38,7 +40,21 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
         _layer(i, site, residual, post_norm, order, limit)
         for i, ((site, residual), limit) in enumerate(zip(found, limits, strict=True))
     ]
-    return tuple(judged), tuple(layers)
+    return tuple(_with_keys_before_rope(judged, by_name, order, found)), tuple(layers)
+
+
+def _with_keys_before_rope(
+    sites: list[Site], by_name: dict[str, fx.Node], order: dict[fx.Node, int], found: list[tuple[Site, Residual]]
+) -> Iterator[Site]:
+    """The sites; those of the stream with their keys before rotation."""
+    if not found:
+        yield from sites
+        return
+    start = found[0][1].stream
+    stream = {start} | _descendants(start, through_sizes=False)
+    for site in sites:
+        raw = keys_before_rotation(by_name[site.k], order, stream) if site.role == "stream" else None
+        yield site if raw is None else replace(site, k_before_rope=raw.node, rope_axes=raw.axes)
 
 
 @dataclass(frozen=True)
@@ -114,12 +130,13 @@ def _block_add(state: fx.Node, order: dict[fx.Node, int], limit: int) -> tuple[f
     return None, False
 
 
-def _descendants(node: fx.Node) -> set[fx.Node]:
+def _descendants(node: fx.Node, *, through_sizes: bool = True) -> set[fx.Node]:
+    """Nodes that depend on `node`; without those that only ask for its sizes, if `through_sizes` is false."""
     found: set[fx.Node] = set()
     pending = list(node.users)
     while pending:
         one = pending.pop()
-        if one not in found:
+        if one not in found and (through_sizes or one.target is not aten.sym_size.int):
             found.add(one)
             pending.extend(one.users)
     return found

@@ -43,6 +43,8 @@ class Site:
 
     index: int
     node: str
+    k_before_rope  node name of the keys before rotary position embedding, "" where nothing rotates them;
+                   `rope_axes` are that node's axes of batch, heads, tokens and channels
     q: str
     k: str
     v: str
@@ -62,6 +64,13 @@ class Site:
 class Layer:
     """One transformer layer of the stream: its site and its cut points (node names; None: there is no such place).
 
+    k_before_rope: str = ""
+    rope_axes: tuple[int, ...] = (0, 1, 2, 3)
+
+    @property
+    def hides_later(self) -> bool:
+        """Whether no token sees a later one, by a flag or by the mask."""
+        return self.causal or self.mask.causal
     A cut is a node whose value is the whole state of the stream [B, N, C]: replacing it reduces everything after.
     """
 

@@ -91,6 +91,11 @@ class Tokens:
         return self._tensors["keys"]()
 
     @cached_property
+    def keys_before_rope(self) -> Tensor:
+        """[B, H, N, D], after key norm and before rotary position embedding: what `keys` are in models without it."""
+        return self._tensors["keys_before_rope"]() if "keys_before_rope" in self._tensors else self.keys
+
+    @cached_property
     def values(self) -> Tensor:
         """[B, H, N, D]."""
         return self._tensors["values"]()

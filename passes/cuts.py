@@ -132,6 +132,7 @@ class CutRunner:
 
     def _tokens(self, hidden: Tensor, rule: Any, out: Any, layer: Layer, site: Site) -> Tokens:
         state = self._state
+        rotated = {"keys_before_rope": lambda: self._at_site(site.k_before_rope, site.rope_axes)}
         return Tokens(
             hidden=hidden,
             rule=rule,
@@ -148,16 +149,18 @@ class CutRunner:
                 "values": lambda: self._at_site(site.v),
                 "positions": state.positions,
                 "source": lambda: token_map(state, hidden, state.valid),
+                **(rotated if site.k_before_rope else {}),
             },
             _attention=lambda: self._attention(site),
         )
 
-    def _at_site(self, name: str) -> Tensor:
-        """A tensor [B, H, N, D] of the site just passed, at the current token count."""
+    def _at_site(self, name: str, axes: tuple[int, ...] = (0, 1, 2, 3)) -> Tensor:
+        """A tensor [B, H, N, D] of the site just passed at the current token count; `axes`: where its node has them."""
         node, state = self.graph.node(name), self._state
         value: Tensor = self.interpreter.env[node]
         mark = self.interpreter.marks.get(node)
         epoch = mark.epoch if isinstance(mark, Axes) else 0
+        value = value if axes == (0, 1, 2, 3) else value.permute(axes)
         return value if epoch == state.epoch else state.gather(value, 2, 0, epoch)
 
     def _attention(self, site: Site) -> Attention:

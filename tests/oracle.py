@@ -38,13 +38,17 @@ class Stream:
     counts: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, before, after) of every reduction
     plans: list[Plan] = field(default_factory=list)
     _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
+    _raw_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.original_valid = self.valid
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """softmax(q k^T * scale + bias) v, heads joined; [B, H, N, D] each -> [B, N, H * D]."""
-        self._qkv = (q, k, v, scale)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, raw_keys: Tensor | None = None) -> Tensor:
+        """softmax(q k^T * scale + bias) v, heads joined; [B, H, N, D] each -> [B, N, H * D].
+
+        raw_keys  keys before rotary position embedding, where the model has it.
+        """
+        self._qkv, self._raw_keys = (q, k, v, scale), raw_keys
         return (self._probabilities(q) @ v).transpose(1, 2).flatten(2)
 
     def _probabilities(self, queries: Tensor) -> Tensor:
@@ -96,6 +100,7 @@ class Stream:
             _tensors={
                 "queries": lambda: q,
                 "keys": lambda: k,
+                "keys_before_rope": lambda: k if self._raw_keys is None else self._raw_keys,
                 "values": lambda: v,
                 "positions": lambda: self._positions(x),
                 "source": lambda: self._source_now(x),

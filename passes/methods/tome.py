@@ -23,7 +23,8 @@ class ToMe(TokenReduction):
     """Merge the r most similar pairs of tokens between attention and MLP, in every layer.
 
     Tokens are split by parity of position; each even one is compared (cosine of the head-mean key) with all odd ones,
-    and the r best edges merge as a size-weighted mean.  Protected: class and distillation tokens as published,
+    and the r best edges merge as a size-weighted mean.  Keys are taken before rotary position embedding (the paper's
+    models have none), so that content decides, not distance.  Protected: class and distillation tokens as published,
     register tokens as our extension.  Order of the result, part of the method: prefix, unmerged even tokens, odd
     tokens.
 
@@ -45,4 +46,4 @@ class ToMe(TokenReduction):
 
     def plan(self, tokens: Tokens) -> Plan:
         """Match on the head-mean keys [B, N, D], in float32: half types cannot tell close cosines apart."""
-        return match_plan(tokens, tokens.keys.mean(1, dtype=torch.float32))
+        return match_plan(tokens, tokens.keys_before_rope.mean(1, dtype=torch.float32))
