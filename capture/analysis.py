@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.export import ExportedProgram
 
 from ..errors import NoAttention, NoTokenStream, TamisError, WindowedAttention
 from ..graph import Site, TokenGraph
+from .identity import structure_hash
 from .masks import ancestors
 from .prefix import find_grid, find_prefix
 from .sites import SDPA, find_sites
@@ -62,16 +62,6 @@ def without_full_masks(program: ExportedProgram, sites: tuple[Site, ...]) -> boo
     return changed
 
 
-def structure_hash(program: ExportedProgram) -> str:
-    """sha256 of the graph's ops and of the names, shapes and dtypes of its weights."""
-    digest = hashlib.sha256()
-    for node in program.graph.nodes:
-        digest.update(f"{node.op} {node.target} {[str(a) for a in node.all_input_nodes]}\n".encode())
-    for key, value in program.state_dict.items():
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-    return digest.hexdigest()
-
-
 def _node(graph: TokenGraph, name: str | None) -> fx.Node:
     assert name is not None
     return graph.node(name)
@@ -120,4 +110,4 @@ def _regrouped_by(attention: fx.Node, program: ExportedProgram) -> fx.Node | Non
     return None
 
 
-__all__ = ["SDPA", "analyse", "structure_hash", "without_full_masks"]
+__all__ = ["SDPA", "analyse", "without_full_masks"]

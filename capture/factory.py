@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import sys
-import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..errors import FactoryFailed
+from ..user_file import import_file, neighbours_importable, told
 
 
 def call_factory(path: Path, function: str) -> tuple[nn.Module | ExportedProgram, Any, dict[str, Any]]:
@@ -22,8 +20,7 @@ def call_factory(path: Path, function: str) -> tuple[nn.Module | ExportedProgram
     The file's directory is importable meanwhile.  Raises FactoryFailed with the line of the user's file.
     """
     spec = f"{path}:{function}"
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
+    with neighbours_importable(path):
         module = _loaded(path, spec)
         make = getattr(module, function, None)
         if not callable(make):
@@ -34,33 +31,15 @@ def call_factory(path: Path, function: str) -> tuple[nn.Module | ExportedProgram
         try:
             result = make()
         except Exception as error:
-            raise FactoryFailed(spec=spec, reason=_told(error, path)) from error
-    finally:
-        sys.path.pop(0)
+            raise FactoryFailed(spec=spec, reason=told(error, path)) from error
     return _unpacked(result, spec)
 
 
 def _loaded(path: Path, spec: str) -> ModuleType:
-    name = f"tamis_factory_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickling look modules up by name
     try:
-        found.loader.exec_module(module)
+        return import_file(path, "factory")
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise FactoryFailed(spec=spec, reason=_told(error, path)) from error
-    return module
-
-
-def _told(error: BaseException, path: Path) -> str:
-    """`ValueError: text (line 3)`, the last line that is the user's file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text.rstrip('.')}" + (f" (line {line})" if line else "")
+        raise FactoryFailed(spec=spec, reason=told(error, path)) from error
 
 
 def _unpacked(result: Any, spec: str) -> tuple[nn.Module | ExportedProgram, Any, dict[str, Any]]:

@@ -23,7 +23,7 @@ _PUBLIC = {
     "Pass": "rewrite",
     "Outcome": "rewrite",
     "Pipeline": "rewrite",
-    "register": "rewrite",
+    "register": "registry",
     "Target": "target",
     "TamisError": "errors",
 }
@@ -31,10 +31,10 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from .errors import TamisError as TamisError
     from .graph import TokenGraph as TokenGraph
+    from .registry import register as register
     from .rewrite import Outcome as Outcome
     from .rewrite import Pass as Pass
     from .rewrite import Pipeline as Pipeline
-    from .rewrite import register as register
     from .runtime.api import compile as compile
     from .runtime.api import load as load
     from .runtime.compiled import CompiledModel as CompiledModel

@@ -1,8 +1,13 @@
 """Every error tamis raises, one class per condition.
 
 A message says where (pass, site, node, line of the user's model), what rule was broken, what was got, and what to do.
-`exit_code` is what `optimize-model` exits with: 1 failed, 2 wrong usage or input, 3 nothing changed, 4 accuracy budget
-missed, 5 slower than the original.
+`exit_code` is what `optimize-model` exits with:
+    1  tamis, or something it runs on, failed where it should not have
+    2  what was given cannot be used: the command line, a file, a parameter; or a model that cannot be captured, has no
+       tokens to reduce, or reads tokens in a way that the passes asked for cannot keep
+    3  the model can be treated, but a pass found nothing to change in it
+    4  accuracy budget missed
+    5  slower than the original
 """
 
 from __future__ import annotations
@@ -49,6 +54,14 @@ class UnknownModelFormat(TamisError):
 
 class CorruptModel(TamisError):
     template = "{path}: cannot be read as {kind}: {reason}.\n  hint: export the model again; the file may be cut short."
+    exit_code = 2
+
+
+class PlainProgram(TamisError):
+    template = (
+        "{path}: is an exported program that tamis did not make: it holds no recipe.\n"
+        "  hint: tamis.compile(path, passes=...) rewrites it, torch.export.load reads it as it is."
+    )
     exit_code = 2
 
 
@@ -109,6 +122,7 @@ class InputMismatch(TamisError):
 
 class CaptureFailed(TamisError):
     template = "{model}: torch.export cannot capture it: {reason}{where}.\n  hint: {hint}"
+    exit_code = 2
 
 
 class DataDependentControlFlow(CaptureFailed):
@@ -126,6 +140,7 @@ class NoAttention(TamisError):
         "{model}: no attention was found ({looked_for}).\n"
         "  hint: tamis removes tokens from transformers; a convolutional network has none to remove."
     )
+    exit_code = 2
 
 
 class NoTokenStream(TamisError):
@@ -133,6 +148,7 @@ class NoTokenStream(TamisError):
         "{model}: found {sites} attention site(s) but no stream of tokens through them: at {node}{where}, {reason}.\n"
         "  hint: {hint}"
     )
+    exit_code = 2
 
 
 class WindowedAttention(NoTokenStream):
@@ -148,6 +164,35 @@ class WindowedAttention(NoTokenStream):
 
 class UnknownPass(TamisError):
     template = "unknown pass {name!r}{nearest}\n  hint: optimize-model --list-passes shows all of them."
+    exit_code = 2
+
+
+class NotAPass(TamisError):
+    template = (
+        "{name}: {got} is not a pass.\n"
+        "  hint: derive it from tamis.Pass, or from tamis.passes.TokenReduction for a method that removes tokens."
+    )
+    exit_code = 2
+
+
+class PassNameTaken(TamisError):
+    template = (
+        "a pass called {name!r} is known already ({taken_by}, from {origin}), so {got} cannot have the name.\n"
+        "  hint: register it under another name."
+    )
+    exit_code = 2
+
+
+class PluginMissing(TamisError):
+    template = "{path}: no such file.\n  hint: --plugin takes a Python file that registers passes."
+    exit_code = 2
+
+
+class PluginFailed(TamisError):
+    template = (
+        "{path}: cannot be loaded as a plug-in: {reason}.\n"
+        "  hint: it is a Python file in which @tamis.register('name') stands over each pass."
+    )
     exit_code = 2
 
 
@@ -193,6 +238,7 @@ class PositionRead(TamisError):
         "moved and only the first {prefix} stay in place (shape was {before}, is {after}).\n"
         "  hint: read the class token, pool over tokens, or keep the layers before this read unreduced (layers=...)."
     )
+    exit_code = 2
 
 
 class TokenAxisUnsupported(TamisError):
@@ -201,6 +247,7 @@ class TokenAxisUnsupported(TamisError):
         "good (shape was {before}, is {after}): {reason}.\n"
         "  hint: use a merging pass (tome), which can be undone before this node, or other layers."
     )
+    exit_code = 2
 
 
 class TokenShapeConflict(TamisError):
@@ -252,7 +299,7 @@ class BackendCannotRun(ExportFailed):
 
 
 class OutputExists(TamisError):
-    template = "{path}: exists already and was left alone.\n  hint: pass --overwrite, or choose another -o."
+    template = "{path}: exists already and was left alone.\n  hint: overwrite=True (--overwrite) replaces it."
     exit_code = 2
 
 
@@ -288,8 +335,18 @@ class RecipeInvalid(TamisError):
 
 class WrongSourceModel(TamisError):
     template = (
-        "{path}: the recipe was made for a model with hash {expected}, this one has {got}.\n"
-        "  hint: remove 'source_hash' from the recipe to use it on another model."
+        "{path}: the recipe was made for another model{model}: the hash of its {part} is {expected}, that of {name} is "
+        "{got}{made}.\n"
+        "  hint: --allow-other-model (in Python: recipe.for_any_model()) applies it all the same."
+    )
+    exit_code = 2
+
+
+class PassNotInstalled(TamisError):
+    template = (
+        "{path}: the recipe uses the pass {name!r} of {origin}, which is not here.\n"
+        "  hint: install it, or name its file with --plugin (in Python: import the module that registers it); what a "
+        "recipe names is never run by itself."
     )
     exit_code = 2
 

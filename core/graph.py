@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,30 +21,36 @@ class Mask:
 
     kind  "full"    every key is seen (the mask is then removed from the canonical form),
           "padding" keys that hold padding are hidden, the same for every query,
-          "causal"  later keys are hidden (and padding, if `padded`),
+          "causal"  later keys are hidden,
+          "window"  keys farther away than `window` are hidden: a token sees so many tokens before it and after it
+                    (None: to the end), in positions of the original sequence,
           "bias"    anything else: added to the logits as it stands, both its last axes being token axes
     node  name of the mask's node, None when there is none
     additive  float mask (0 and a large negative number, or a bias) rather than boolean
+    padded    whether it hides keys that hold padding too, whatever its kind
+    causal    whether no query sees a later key, whatever its kind
     """
 
     kind: str = "full"
     node: str | None = None
     additive: bool = False
     padded: bool = False
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
 
 
 @dataclass(frozen=True)
 class Site:
     """One attention site.  q, k, v are node names of [B, H, N, D] tensors.
 
+    k_before_rope  node name of the keys before rotary position embedding, "" where nothing rotates them;
+                   `rope_axes` are that node's axes of batch, heads, tokens and channels
     role  "stream" self-attention over the token stream, "pool" few queries that are not tokens read the stream,
           "cross" keys from elsewhere, "other" not on the stream
     """
 
     index: int
     node: str
-    k_before_rope  node name of the keys before rotary position embedding, "" where nothing rotates them;
-                   `rope_axes` are that node's axes of batch, heads, tokens and channels
     q: str
     k: str
     v: str
@@ -58,12 +64,6 @@ class Site:
     module: str  # path of the module in the user's model
     source: str  # "file:line" in the user's model, "" when unknown
     reason: str = ""  # why the role is not "stream"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer of the stream: its site and its cut points (node names; None: there is no such place).
-
     k_before_rope: str = ""
     rope_axes: tuple[int, ...] = (0, 1, 2, 3)
 
@@ -71,6 +71,12 @@ class Layer:
     def hides_later(self) -> bool:
         """Whether no token sees a later one, by a flag or by the mask."""
         return self.causal or self.mask.causal
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer of the stream: its site and its cut points (node names; None: there is no such place).
+
     A cut is a node whose value is the whole state of the stream [B, N, C]: replacing it reduces everything after.
     """
 
@@ -95,12 +101,12 @@ class TokenGraph:
     """An exported program in canonical form with its attention sites and token stream.
 
     program       the torch.export program; its graph is never changed in place
-    layers        layers of the stream, in order; empty when there is none (`why_no_stream` says why)
+    layers        layers of the stream, in order
     prefix        leading tokens that must stay in place: class, distillation, register tokens
     class_token   whether token 0 is a class token (an input-independent prefix token, or one read by position)
     grid          rows and columns of the patch tokens, where known
     name          what the user called the model
-    source_hash   sha256 of the captured graph and weights' names and shapes, for recipes
+    source_hash   sha256 of the captured graph and of the names and shapes of its weights, for recipes
     """
 
     program: ExportedProgram
@@ -111,7 +117,6 @@ class TokenGraph:
     grid: tuple[int, int] | None = None
     name: str = "model"
     source_hash: str = ""
-    why_no_stream: Exception | None = field(default=None, compare=False)
 
     @property
     def graph(self) -> fx.Graph:

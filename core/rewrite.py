@@ -1,4 +1,4 @@
-"""`Pass`, what it reports (`Outcome`), the registry of passes, their text form, and the pipeline that runs them."""
+"""`Pass`, what it reports (`Outcome`), the text form of passes, and the pipeline that runs them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ast
 import dataclasses
 import difflib
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABCMeta, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter, UnknownPass
+from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter
 from .graph import TokenGraph
+from .registry import find_pass
 from .spec import check_invariants
 
 SPELLINGS = {  # what other tools call the fraction, and whether they mean the part that is removed
@@ -80,12 +81,31 @@ class Result:
         return any(outcome.applied for outcome in self.outcomes)
 
 
+class PassType(ABCMeta):
+    """The type of pass classes: a parameter that a pass does not have is answered with the right one, in every door."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a pass; raises UnknownParameter."""
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for parameter, value in kwargs.items():
+            if parameter not in known:
+                where = getattr(cls, "name", "") or cls.__name__
+                raise UnknownParameter(where=where, name=parameter, **_advice(parameter, value, known))
+        return super().__call__(*args, **kwargs)
+
+
 @dataclass(frozen=True)
-class Pass(ABC):
-    """A rewrite.  Subclasses are frozen dataclasses; their fields are their parameters in Python, text and YAML."""
+class Pass(metaclass=PassType):
+    """A rewrite.  Subclasses are frozen dataclasses; their fields are their parameters in Python, text and YAML.
+
+    name    kebab-case, set by `register`
+    family  neighbours in a pipeline that share one run as one rewrite
+    origin  where it comes from, "" for tamis and the running program; see `registry.origin_of`
+    """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = "other"
+    origin: ClassVar[str] = ""
 
     @abstractmethod
     def apply(self, graph: TokenGraph, options: Options) -> Result:
@@ -114,51 +134,13 @@ class Pass(ABC):
         return f"{self.name}:{parameters}" if parameters else self.name
 
 
-P = TypeVar("P", bound=type[Pass])
-_REGISTRY: dict[str, type[Pass]] = {}
-
-
-def register(name: str) -> Callable[[P], P]:
-    """Class decorator: make a pass available by its kebab-case name."""
-
-    def add(cls: P) -> P:
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def registered_passes() -> dict[str, type[Pass]]:
-    """Every known pass by name, those of installed plug-ins (entry points `tamis.passes`) included."""
-    from importlib import import_module
-    from importlib.metadata import entry_points
-
-    import_module("tamis.passes")
-    for entry in entry_points(group="tamis.passes"):
-        entry.load()
-    return dict(sorted(_REGISTRY.items()))
-
-
-def find_pass(name: str) -> type[Pass]:
-    """The pass called `name`; raises UnknownPass with the nearest names."""
-    known = registered_passes()
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=2)
-    raise UnknownPass(name=name, nearest=f"; did you mean {' or '.join(near)}?" if near else ".")
-
-
 def build_pass(name: str, parameters: dict[str, Any]) -> Pass:
-    """A pass from its name and parameters; wrong names of parameters are answered with the right ones."""
+    """A pass from its name and parameters; raises UnknownPass, UnknownParameter, BadParameter."""
     cls = find_pass(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for parameter, value in parameters.items():
-        if parameter not in known:
-            raise UnknownParameter(where=name, name=parameter, **_advice(parameter, value, known))
     try:
         return cls(**parameters)
     except (TypeError, ValueError) as error:
+        known = [f.name for f in dataclasses.fields(cls)]
         raise BadParameter(
             where=name, name="parameters", rule="complete", got=str(error), hint=f"it takes {', '.join(known)}."
         ) from error

@@ -118,7 +118,7 @@ class TokenReduction(Pass):
         if any(getattr(node.target, "namespace", "") == "tamis" for node in graph.graph.nodes):
             return "the model was reduced before; put all passes in one recipe for the original, where they compose"
         if not graph.layers:
-            return str(graph.why_no_stream or "no token stream was found")
+            return "no token stream was found"
         if self.needs_class_token and not graph.class_token:
             return "it scores tokens by the class token's attention, and this model has no class token"
         if any(

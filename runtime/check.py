@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import TamisError
 from ..graph import Site, TokenGraph
-from ..rewrite import Pass, Pipeline, registered_passes
+from ..registry import registered_passes
+from ..rewrite import Pass, Pipeline
 from .inputs import Call, describe
 
 TRIES: tuple[dict[str, Any], ...] = ({}, {"r": 1}, {"keep_ratio": 0.9})  # the first that a pass accepts is tried
@@ -47,7 +48,6 @@ def check_model(graph: TokenGraph, call: Call, step: Callable[[str], None] = lam
         "class_token": graph.class_token,
         "grid": graph.grid,
         "sites": [_site(site, layer_of) for site in graph.sites],
-        "why_no_stream": str(graph.why_no_stream or ""),
         "passes": checked,
     }
 

@@ -28,8 +28,6 @@ def print_check(check: dict[str, Any]) -> None:
     if check["sites"]:
         names = ("site", "node", "module", "role", "heads", "mask", "layer", "why not in the stream")
         console.print(_table(names, ([*map(str, row.values())] for row in check["sites"])))
-    if check["why_no_stream"]:
-        console.print(f"no token stream: {check['why_no_stream']}", markup=False)
     rows = ((p["name"], "yes" if p["applies"] else "no", p["tried"], p["layers"], p["reason"]) for p in check["passes"])
     console.print(_table(("pass", "applies", "tried as", "at layers", "why not elsewhere"), rows))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...counts import CountRule
-from ...rewrite import register
+from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import keep_plan
 from ..reduction import TokenReduction, quarter_layers

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels.hash_scores import hash_scores
-from ...rewrite import register
+from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import keep_plan
 from ..reduction import TokenReduction, quarter_layers

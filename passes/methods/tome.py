@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from ...counts import HALF, Term
-from ...rewrite import register
+from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import match_plan
 from ..reduction import TokenReduction

@@ -11,7 +11,7 @@ from tamis.runtime.compiled import CompiledModel
 @pytest.fixture(autouse=True)
 def toy_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the toy passes for one test."""
-    from tamis.rewrite import _REGISTRY
+    from tamis.registry import _REGISTRY
 
     for name, cls in PASSES.items():
         monkeypatch.setattr(cls, "name", name)
