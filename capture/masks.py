@@ -6,7 +6,9 @@ few lengths and paddings and the result is compared with what each kind of mask 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +16,13 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from ..graph import Mask
+from .mask_trials import Cone, Trial
 
 HIDDEN = -1e4  # an additive mask at or below this hides a key; half types' minimum is -65504
-TRIALS = (("none", 6), ("right", 7), ("left", 7), ("both", 9))
+TRIALS = (Trial("none", 6), Trial("right", 7), Trial("left", 7), Trial("both", 9))
+LONGEST = 4352  # tokens of the longest trial: a table of 4096 and a few rows takes a fraction of a second
+
+Tables = list[tuple[Trial, Tensor]]
 
 
 class MaskReader:
@@ -37,34 +43,53 @@ class MaskReader:
 
     def _read(self, node: fx.Node) -> Mask:
         additive = node.meta["val"].dtype != torch.bool
-        bias = Mask("bias", node.name, additive)
-        cone = ancestors(node) | {node}
-        try:
-            tables = [self._evaluate(node, cone, padding, length) for padding, length in TRIALS]
-        except Exception:  # a cone that cannot run on made-up inputs is kept as it stands, which is always right
-            return bias
-        allowed = []
-        for table in tables:
-            if table.dim() not in (2, 4) or (additive and not bool(((table == 0) | (table <= HIDDEN)).all())):
-                return bias
-            allowed.append(table if not additive else table > HIDDEN)
-        return _kind(allowed, node.name, additive) or bias
+        as_bias = Mask("bias", node.name, additive)
+        cone = Cone(node, ancestors(node), self.constants)
+        fillers = sorted(set(cone.fillers()))
+        values = _tables(cone, [*TRIALS, *(Trial("right", 7, real=c + 1, fill=c) for c in fillers)])
+        if not values:
+            return as_bias
+        tables = [(trial, _seen(table)) for trial, table in values]
+        found = _kind(tables)
+        if found is None:
+            return replace(as_bias, causal=_hides_later(tables))
+        as_bias = replace(as_bias, padded=found.padded, causal=found.causal)
+        length = self._telling_length(cone)
+        if length is None or any(_is_graded(table) for _, table in values):
+            return as_bias
+        if length > TRIALS[-1].length:
+            long = _tables(cone, [Trial("none", length, batch=1)])
+            found = _kind([*tables, *((trial, _seen(table)) for trial, table in long)]) if long else None
+        if found is None:
+            return as_bias
+        return replace(found, node=None if found.kind == "full" else node.name, additive=additive)
 
-    def _evaluate(self, node: fx.Node, cone: set[fx.Node], padding: str, length: int) -> Tensor:
-        env: dict[fx.Node, Any] = {}
-        sizes: dict[str, int] = {}
-        for one in self.program.graph.nodes:
-            if one not in cone:
-                continue
-            if one.op == "placeholder":
-                env[one] = self.constants.get(one.name)
-                if env[one] is None:
-                    env[one] = made_up_input(one, padding, length, sizes)
-            else:
-                args, kwargs = fx.node.map_arg((one.args, one.kwargs), lambda a: env[a])
-                env[one] = one.target(*args, **kwargs)  # type: ignore[operator]
-        result: Tensor = env[node]
-        return result
+    def _telling_length(self, cone: Cone) -> int | None:
+        """A length at which every window that the mask may have is seen; None: longer than can be tried."""
+        most = _most(cone.node.meta["val"].shape[-1], self.program)
+        telling = min(max(cone.turning_points(), default=0) + 2, most)
+        return telling if telling <= LONGEST else None
+
+
+def _tables(cone: Cone, trials: list[Trial]) -> Tables:
+    """The mask at every trial.
+
+    Empty where it is no table [N, M] or [B, H, N, M], or cannot run on made-up inputs: such a mask is kept as it
+    stands, which is always right.
+    """
+    try:
+        tables = [(trial, cone.run(trial)) for trial in trials]
+    except Exception:
+        return []
+    return tables if all(table.dim() in (2, 4) for _, table in tables) else []
+
+
+def _most(size: Any, program: ExportedProgram) -> int:
+    """The largest value that a size can take."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    limits = program.range_constraints.get(size.node.expr)
+    return int(limits.upper) if limits is not None and limits.upper.is_Integer else sys.maxsize
 
 
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
@@ -77,50 +102,56 @@ def _constants(program: ExportedProgram) -> dict[str, Tensor]:
     return {place: value for place, value in found.items() if isinstance(value, Tensor)}
 
 
-def made_up_input(node: fx.Node, padding: str, length: int, sizes: dict[str, int]) -> Any:
-    """A tensor like a user input: dynamic batch 3, dynamic length `length`; 0/1 integers with the given padding."""
-    like = node.meta["val"]
-    if not isinstance(like, Tensor):
-        return like
-    shape = []
-    for axis, size in enumerate(like.shape):
-        if isinstance(size, torch.SymInt):
-            shape.append(sizes.setdefault(str(size), 3 if axis == 0 else length))
-        else:
-            shape.append(int(size))
-    if like.is_floating_point():
-        return torch.ones(shape, dtype=like.dtype, device=like.device)
-    ones = torch.ones(shape, dtype=torch.int64, device=like.device)
-    if len(shape) == 2 and padding != "none":
-        for row in range(shape[0]):
-            gap = min(row + 1, shape[1] - 1)
-            if padding in ("right", "both"):
-                ones[row, -gap:] = 0
-            if padding == "left" or (padding == "both" and shape[1] > 2 * gap):
-                ones[row, :gap] = 0
-    return ones.to(like.dtype)
+def _seen(table: Tensor) -> Tensor:
+    """[., ., N, M] bool: which keys a mask does not hide."""
+    seen = table if table.dtype == torch.bool else table > HIDDEN
+    return seen if seen.dim() == 4 else seen[None, None]
 
 
-def _kind(tables: list[Tensor], name: str, additive: bool) -> Mask | None:
-    """The kind all tables agree on; None when they fit none."""
-    tables = [t if t.dim() == 4 else t[None, None] for t in tables]
-    if all(bool(t.all()) for t in tables):
-        return Mask("full", None, additive)
-    if not all(bool((t == t[:, :1]).all()) for t in tables):
+def _is_graded(table: Tensor) -> bool:
+    """Whether a mask does more than hide keys."""
+    return table.dtype != torch.bool and not bool(((table == 0) | (table <= HIDDEN)).all())
+
+
+def _kind(tables: Tables) -> Mask | None:
+    """The kind that all tables of seen keys agree on; None when they fit none."""
+    seen = [table for _, table in tables]
+    if all(bool(t.all()) for t in seen):
+        return Mask("full")
+    if not all(bool((t == t[:, :1]).all()) for t in seen):
         return None
-    if all(bool((t == t[:, :, :1]).all()) for t in tables):
-        return Mask("padding", name, additive, padded=True)
-    padded = False
-    for table in tables:
-        length = table.shape[-1]
-        if table.shape[-2] != length:
-            return None
-        triangle = torch.ones(length, length, dtype=torch.bool, device=table.device).tril()
-        keys = table[:, :, -1:, :]
-        if not bool((table == (triangle & keys)).all()):
-            return None
-        padded |= not bool(keys.all())
-    return Mask("causal", name, additive, padded)
+    if all(bool((t == t[:, :, :1]).all()) for t in seen):
+        return Mask("padding", padded=True)
+    if any(t.shape[-2] != t.shape[-1] for t in seen):
+        return None
+    before, after = _reach(tables)
+    keys = [torch.diagonal(t, dim1=-2, dim2=-1).unsqueeze(-2) for t in seen]  # every token sees itself
+    if not all(bool((t == (_band(t, before, after) & k)).all()) for t, k in zip(seen, keys, strict=True)):
+        return None
+    padded = not all(bool(k.all()) for k in keys)
+    if before is None and after == 0:
+        return Mask("causal", padded=padded, causal=True)
+    return Mask("window", padded=padded, causal=after == 0, window=(before, after))
+
+
+def _reach(tables: Tables) -> tuple[int | None, int | None]:
+    """How far back and ahead a token sees in the longest table without padding; None: to the end."""
+    table = max((t for trial, t in tables if trial.padding == "none"), key=lambda t: t.shape[-1])[0, 0]
+    last = table.shape[-1] - 1
+    before = int(table[-1].flip(0).nonzero().amax()) if bool(table[-1].any()) else 0
+    after = int(table[0].nonzero().amax()) if bool(table[0].any()) else 0
+    return (None if before == last else before), (None if after == last else after)
+
+
+def _band(like: Tensor, before: int | None, after: int | None) -> Tensor:
+    seen = torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device)
+    seen = seen if before is None else seen.triu(-before)
+    return seen if after is None else seen.tril(after)
+
+
+def _hides_later(tables: Tables) -> bool:
+    """Whether no query sees a later key."""
+    return all(t.shape[-2] == t.shape[-1] and not bool(t.triu(1).any()) for _, t in tables)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
