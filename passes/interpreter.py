@@ -16,13 +16,13 @@ from .axis_rules.indexing import ReadsPosition
 from .cuts import CutRunner
 from .outputs import output_values, restored_output, token_map
 from .stream_state import StreamState
-from .token_axes import RESTORED, Axes, NeedsFullLength, Restored
+from .token_axes import RESTORED, Axes, NeedsFullLength, Pieces, Restored
 
-Mark = Axes | Restored | None
+Mark = Axes | Pieces | Restored | None
 
 
 class ReductionInterpreter(fx.Interpreter):
-    """Runs the original graph; `marks` says of each live value which axes are token axes."""
+    """Runs the original graph; `marks` says of each live value (of a list: each piece) which axes are token axes."""
 
     def __init__(self, graph: TokenGraph, placed: Any, options: Options) -> None:
         super().__init__(graph.program.graph_module, garbage_collect_values=False)
@@ -56,6 +56,9 @@ class ReductionInterpreter(fx.Interpreter):
     def _run_marked(self, n: fx.Node) -> tuple[Any, Mark]:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         assert self.state is not None
+        pieces = self.marks.get(n.all_input_nodes[0])
+        if isinstance(pieces, tuple):  # only a getitem takes a list apart
+            return super().run_node(n), pieces[args[1]]
         if any(isinstance(self.marks.get(a), Restored) for a in n.all_input_nodes):
             return self._run_restored(n, "")
         call = Call(n, args, kwargs, self._axes_of, self.state, self.graph_.prefix)

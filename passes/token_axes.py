@@ -12,7 +12,8 @@ class Axes:
     dims   its token axes, ascending
     batch  its batch axis; None when it was folded into another axis
     epoch  how many reductions its token axes have been through (never 0: before the first, nothing is tracked)
-    start  leading prefix tokens that were cut off (`x[:, 1:]`)
+    start  leading prefix tokens that were cut off (`x[:, 1:]`): the axis is a segment, the tokens from `start` on.
+           What was cut off has no token axis: prefix tokens keep their places
     """
 
     dims: tuple[int, ...]
@@ -37,6 +38,9 @@ class Axes:
     def _shifted(self, move, drop: int | None = None) -> Axes:  # type: ignore[no-untyped-def]
         batch = None if self.batch is None or self.batch == drop else move(self.batch)
         return replace(self, dims=tuple(move(d) for d in self.dims), batch=batch)
+
+
+Pieces = tuple[Axes | None, ...]  # of a value that is a list
 
 
 class Restored:

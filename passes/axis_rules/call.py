@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from ..stream_state import StreamState
-from ..token_axes import Axes
+from ..token_axes import Axes, Pieces
 
 aten = torch.ops.aten
-Answer = tuple[Any, Axes | None]
+Answer = tuple[Any, Axes | Pieces | None]
 Rule = Callable[["Call"], Answer]
 RULES: dict[Any, Rule] = {}
 

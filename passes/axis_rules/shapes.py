@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -103,9 +104,17 @@ def unbind(call: Call) -> Answer:
 
 @rule(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
 def split(call: Call) -> Answer:
-    """Cutting another axis leaves the token axes."""
-    _not_token(call.only, call.arg(2, "dim", 0) % call.args[0].dim())
-    return call.run(), call.only
+    """Cutting another axis leaves the token axes; prefix tokens may be cut off the token axis, as slices."""
+    axes, dim = call.only, call.arg(2, "dim", 0) % call.args[0].dim()
+    if dim not in axes.dims:
+        return call.run(), axes
+    *sizes, _ = (piece.shape[dim] for piece in call.node.meta["val"])
+    left = call.prefix - axes.start  # prefix tokens still in front
+    if len(axes.dims) > 1 or not all(isinstance(size, int) for size in sizes) or sum(sizes) > left:
+        raise NeedsFullLength("it cuts the token axis behind the prefix")
+    ends = [0, *accumulate(sizes), None]
+    values = [aten.slice.Tensor(call.args[0], dim, start, end) for start, end in pairwise(ends)]
+    return values, (*(None for _ in sizes), replace(axes, start=axes.start + sum(sizes)))
 
 
 @rule(aten.flip.default, aten.roll.default, aten.glu.default)
@@ -128,8 +137,11 @@ def getitem(call: Call) -> Answer:
 
 @rule(aten.cat.default)
 def cat(call: Call) -> Answer:
-    """Joining along another axis: all pieces are brought to the same tokens."""
+    """Joining along another axis: all pieces are brought to the same tokens.  Along tokens: the prefix and the rest."""
     dim = call.arg(1, "dim", 0) % call.args[0][0].dim()
+    last = call.axes_of(call.node.args[0][-1])  # type: ignore[index]
+    if last is not None and last.dims == (dim,):
+        return _with_prefix(call, last, dim)
     values, axes = _same_tokens(call)
     _not_token(axes, dim)
     return call.run(values, dim), axes
@@ -141,6 +153,18 @@ def stack(call: Call) -> Answer:
     dim = call.arg(1, "dim", 0) % (call.args[0][0].dim() + 1)
     values, axes = _same_tokens(call)
     return call.run(values, dim), axes.with_new(dim)
+
+
+def _with_prefix(call: Call, rest: Axes, dim: int) -> Answer:
+    """Rows for prefix tokens, whatever they hold, put in front of the tokens that follow them."""
+    nodes: Any = call.node.args[0]
+    sizes = [node.meta["val"].shape[dim] for node in nodes[:-1]]
+    if any(call.axes_of(node) is not None for node in nodes[:-1]) or not all(isinstance(n, int) for n in sizes):
+        raise NeedsFullLength("it joins pieces of the token axis")
+    if sum(sizes) > rest.start:
+        raise NeedsFullLength("it puts new tokens in front of the others")
+    last, rest = align_epoch(call, call.args[0][-1], rest)
+    return call.run([*call.args[0][:-1], last], dim), replace(rest, start=rest.start - sum(sizes))
 
 
 def _same_tokens(call: Call) -> tuple[list[Tensor], Axes]:

@@ -22,6 +22,21 @@ GRID, CHANNELS, HEADS = 6, 24, 2
 TOKENS = GRID * GRID + 1
 
 
+ROTATED_PATCHES = ("rotate a slice", "rotate a piece", "rotate a chunk")
+
+
+def rotate_patches(x: Tensor, table: Tensor, how: str) -> Tensor:
+    """Rotate all tokens [B, H, N, D] but the first; three ways to cut them apart."""
+    if how == "rotate a slice":
+        first, rest = x[:, :, :1], x[:, :, 1:]
+    elif how == "rotate a piece":
+        first, rest = x.split([1, x.shape[2] - 1], 2)
+    else:
+        nothing, first, rest = x.split([0, 1, x.shape[2] - 1], -2)
+        first = torch.cat([nothing, first], -2)
+    return torch.cat([first, rest * table + rest.flip(-1)], 2)
+
+
 class Block(nn.Module):
     """A pre-norm block that may rotate queries and keys, add a bias to the logits, or scale tokens by position."""
 
@@ -32,7 +47,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(CHANNELS, 48), nn.Linear(48, CHANNELS)
         self.side = side
         generator = torch.Generator().manual_seed(3)
-        shape = {"rotate": (TOKENS, CHANNELS // HEADS), "bias": (HEADS, TOKENS, TOKENS), "scale": (TOKENS, CHANNELS)}
+        size = CHANNELS // HEADS
+        shape = {"rotate": (TOKENS, size), "bias": (HEADS, TOKENS, TOKENS), "scale": (TOKENS, CHANNELS)}
+        shape |= dict.fromkeys(ROTATED_PATCHES, (TOKENS - 1, size))
         self.table: Tensor
         self.register_buffer("table", torch.randn(shape.get(side, (1,)), generator=generator))
 
@@ -42,6 +59,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
         if self.side == "rotate":
             q, k = q * table + q.flip(-1), k * table + k.flip(-1)
+        if self.side in ROTATED_PATCHES:
+            q, k = (rotate_patches(t, table, self.side) for t in (q, k))
         mask = table if self.side == "bias" else None
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).reshape(b, n, c))
@@ -119,6 +138,9 @@ HEADS_THAT_POOL: dict[str, Callable[[Tensor], Tensor]] = {
     "split channels": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
     "norm over tokens": lambda x: x.norm(dim=1),
     "flipped channels": lambda x: x.flip(-1).mean(1),
+    "class token set apart and back": lambda x: torch.cat([x[:, :1] * 3, x[:, 1:].tanh()], 1).mean(1),
+    "class token replaced": lambda x: torch.cat([x.new_ones(x.shape[0], 1, CHANNELS), x[:, 1:]], 1),
+    "class token split off": lambda x: x.split([1, TOKENS - 1], 1)[1].mean(1) + x.split([1, TOKENS - 1], 1)[0][:, 0],
 }
 
 
@@ -143,6 +165,7 @@ def test_a_head_that_needs_dropped_tokens_is_refused(name: str) -> None:
 
 
 ALSO_AFTER_DROPPING = ["class token", "mean", "norm over channels", "flipped channels", "split channels", "stacked"]
+ALSO_AFTER_DROPPING += ["class token set apart and back", "class token split off"]
 
 
 @pytest.mark.parametrize("name", ALSO_AFTER_DROPPING)
@@ -160,7 +183,7 @@ def kept_by_random(layer: int, tokens: int, r: int) -> Tensor:
     return torch.tensor([0, *sorted(order)])
 
 
-@pytest.mark.parametrize("side", ["", "rotate", "bias", "scale"])
+@pytest.mark.parametrize("side", ["", "rotate", "bias", "scale", *ROTATED_PATCHES])
 def test_side_inputs_follow_the_tokens(side: str) -> None:
     r = 9
     model, graph = trunk(lambda x: x.mean(1), side)
@@ -190,7 +213,39 @@ def attention_branch(block: Block, x: Tensor) -> Tensor:
 def reduced_table(table: Tensor, side: str, kept: Tensor) -> Tensor:
     if side == "bias":
         return table[:, kept][:, :, kept]
+    if side in ROTATED_PATCHES:
+        return table[kept[1:] - 1]
     return table[kept] if side else table
+
+
+@pytest.mark.parametrize("side", ROTATED_PATCHES)
+@pytest.mark.parametrize("recipe", ["tome:r=5", "random:r=5"])
+def test_attention_whose_patches_are_rotated_runs_at_the_reduced_length(side: str, recipe: str) -> None:
+    _, graph = trunk(lambda x: x.mean(1), side)
+    result = Pipeline.parse(recipe).run(graph).graph
+    queries = [n.args[0].meta["val"].shape for n in result.graph.nodes if "attention" in str(n.target)]
+    assert [shape[2] for shape in queries] == [TOKENS, TOKENS - 5, TOKENS - 10]
+
+
+REFUSED_SEGMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cut behind the prefix": lambda x: torch.cat([x[:, :3], x[:, 3:] * 2], 1).mean(1),
+    "split behind the prefix": lambda x: torch.cat([t * 2 for t in x.split([1, 2, TOKENS - 3], 1)], 1).mean(1),
+    "order changed": lambda x: torch.cat([x[:, 1:], x[:, :1]], 1).mean(1),
+    "a token more": lambda x: torch.cat([x[:, :1], x], 1).mean(1),
+    "patches twice": lambda x: torch.cat([x[:, 1:], x[:, 1:]], 1).mean(1),
+    "halves": lambda x: x[:, 1:].chunk(2, 1)[0].mean(1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SEGMENTS)
+def test_a_segment_that_is_not_all_behind_the_prefix_needs_every_token(name: str) -> None:
+    head = REFUSED_SEGMENTS[name]
+    _, graph = trunk(head)
+    _, plain = trunk(HEADS_THAT_POOL["tokens themselves"])
+    with pytest.raises(TokenAxisUnsupported, match="dropped some for good"):
+        run(graph, "random:r=5", 2)
+    expected = head(run(plain, "tome:r=5", 3))
+    torch.testing.assert_close(run(graph, "tome:r=5", 3), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_from_attention_are_refused_where_it_has_a_bias_per_pair() -> None:
