@@ -35,6 +35,7 @@ def capture(
 
     from .analysis import analyse, without_full_masks
     from .canonical import canonicalise
+    from .decoder import as_prefill
     from .export import export_module
     from .sources import resolve
 
@@ -42,6 +43,7 @@ def capture(
     name = name or source.name
     program = source.model
     if not isinstance(program, ExportedProgram):
+        program = as_prefill(program, name)
         program = export_module(program, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=name)
     graph = analyse(canonicalise(program), name)
     without_full_masks(graph.program, graph.sites)

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from .inline import inline_wrappers
 from .program import copied, rebuild
 from .raise_attention import raise_attention
+from .shared_heads import share_heads
 
 aten = torch.ops.aten
 END = 2**63 - 1  # how export writes "to the end"
@@ -34,8 +35,9 @@ def canonicalise(program: ExportedProgram) -> ExportedProgram:
 
     Gone are assertions, dropout that does nothing, casts and copies to the same type and device, slices and expands
     that take everything, wrappers that switch gradients (or autocast off), and nodes without use.  `view` becomes
-    `reshape`, so that layouts are free.  Attention that was written out is one node (see `raise_attention`).  Kept
-    nodes keep their names and stack traces; an output that was removed is now called like the node it was made of.
+    `reshape`, so that layouts are free.  Attention that was written out is one node (see `raise_attention`), with no
+    more key-value heads than were computed (see `share_heads`).  Kept nodes keep their names and stack traces; an
+    output that was removed is now called like the node it was made of.
     """
     graph_module = copied(program)
     inline_wrappers(graph_module)
@@ -45,6 +47,7 @@ def canonicalise(program: ExportedProgram) -> ExportedProgram:
     graph.eliminate_dead_code()
     _free_layouts(graph)
     raise_attention(graph)
+    share_heads(graph)
     graph.eliminate_dead_code()
     graph_module.recompile()
     return rebuild(program, graph_module)
