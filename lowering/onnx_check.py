@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import BackendCannotRun, BackendMismatch, MissingDependency
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Compared = Callable[[Inputs, int, Any], Any]
 
 
 def check_onnx(
@@ -24,12 +25,14 @@ def check_onnx(
     inputs: Iterable[Inputs | tuple[Any, ...]],
     budget: float = 1e-4,
     *,
+    compared: Compared = lambda inputs, place, value: value,
     shown: str | None = None,
 ) -> float:
     """Run the file at each of the inputs and return the largest relative L2 difference of any output.
 
     reference  the program, its module, or any callable with the user's signature
     inputs     (args, kwargs) pairs, or plain tuples of arguments; sizes other than the example's are what this is for
+    compared   what of an output is held against what: from one of the inputs, the output's place and its value
     shown      what errors call the file
 
     Integer and boolean outputs must be equal.
@@ -50,8 +53,8 @@ def check_onnx(
         given = [value for value in pytree.tree_leaves((args, kwargs)) if value is not None]
         got = _run(path, session, given, name)
         shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, Tensor))
-        for output, want, have in zip(session.get_outputs(), expected, got, strict=True):
-            difference = _difference(want, have)
+        for place, (output, want, have) in enumerate(zip(session.get_outputs(), expected, got, strict=True)):
+            difference = _difference(*(compared((args, kwargs), place, one) for one in (want, have)))
             worst = max(worst, difference)
             if not difference <= budget:  # also when it is NaN
                 fields = {"output": output.name, "difference": difference, "shapes": shapes, "budget": budget}

@@ -73,7 +73,7 @@ class CompiledModel(nn.Module):
         Raises:
             OriginalMissing: the model was loaded from a file.
         """
-        from .verify import drift, token_outputs_of
+        from .verify import drift, token_axes_of
 
         original = self._original("verify")
         call = self._call(args, kwargs)
@@ -84,7 +84,7 @@ class CompiledModel(nn.Module):
         mask = mask_of(original.program, call)
         if mask is None:
             return drift(before, after)
-        return drift(before, after, mask[1], token_outputs_of(original.program, mask[0]))
+        return drift(before, after, mask[1], token_axes_of(original.program, mask[0]))
 
     def benchmark(self, *args: Any, repeats: int = 7, **kwargs: Any) -> Benchmark:
         """Time original against result on these inputs, A B A B; example inputs when there are none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +12,22 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputMismatch
 from ..report import Drift
+from .inputs import Call, input_nodes, mask_of
 
 RESTORE_HINT = "the result has another shape (restore=False)"
 
 
-def drift(original: Any, result: Any, mask: Tensor | None = None, token_outputs: frozenset[int] | None = None) -> Drift:
+def drift(original: Any, result: Any, mask: Tensor | None = None, token_axes: Mapping[int, int] | None = None) -> Drift:
     """Compare the outputs of one call, in float64.
 
-    A row is a batch entry.  Tokens that `mask` hides are left out of outputs with a token axis: those in
-    `token_outputs` (flat indices), or when that is None those of shape [B, N, ...] with three or more dimensions.
+    A row is a batch entry.  Tokens that `mask` hides are left out of outputs with a token axis: those in `token_axes`
+    (flat index -> axis), or when that is None dimension 1 of those of shape [B, N, ...] with three or more.
 
     Args:
         original: outputs of the original, nested as the model returns them; every tensor has the batch first.
         result: outputs of the result, nested alike.
         mask: [B, N], nonzero for real tokens.
-        token_outputs: flat indices of outputs whose dimension 1 is the token axis.
+        token_axes: see `token_axes_of`.
 
     Raises:
         InputMismatch: the two are not nested alike.
@@ -45,8 +46,10 @@ def drift(original: Any, result: Any, mask: Tensor | None = None, token_outputs:
         if y0.shape != y1.shape:
             left_out[name] = RESTORE_HINT
             continue
-        keep = mask if mask is not None and _has_tokens(index, y0, mask, token_outputs) else None
-        per_output[name], cosine = _compare(y0, y1, keep)
+        axis = None if mask is None else _token_axis(index, y0, mask, token_axes)
+        if mask is not None and axis is not None:
+            y0, y1 = without_padding(y0, mask, axis), without_padding(y1, mask, axis)
+        per_output[name], cosine = _compare(y0, y1)
         cosines.append(cosine)
         rows = max(rows, y0.shape[0])
         if _looks_like_logits(name, y0, len(before)):
@@ -68,31 +71,53 @@ def combine(drifts: Sequence[Drift]) -> Drift:
     return Drift(worst, min(d.cosine for d in drifts), top1, rows, outputs, drifts[0].left_out)
 
 
-def token_outputs_of(program: Any, mask_name: str) -> frozenset[int]:
-    """Flat indices of the program's user outputs whose dimension 1 is the token axis of the input called `mask_name`.
+def token_axes_of(program: Any, mask_name: str, *, skip_none: bool = False) -> dict[int, int]:
+    """Which axis holds the tokens of the input called `mask_name`, by flat index of the outputs that have them.
 
-    A dynamic length is told apart by its symbol; a static one by its size, in outputs of three or more dimensions.
+    skip_none  count only outputs that are not None
+
+    A dynamic length is told apart by its symbol; a static one by its size, as dimension 1 of three or more.
     """
-    from .inputs import input_nodes
-
     mask = next(node for node in input_nodes(program) if node.name == mask_name).meta["val"]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    found = []
-    for index, name in enumerate(program.graph_signature.user_outputs):
+    found = {}
+    names = [name for name in program.graph_signature.user_outputs if name is not None or not skip_none]
+    for index, name in enumerate(names):
         shape: Any = getattr(values.get(name), "shape", ())
-        if len(shape) < 2 or str(shape[1]) != str(mask.shape[1]):
-            continue
-        if len(shape) >= 3 or isinstance(mask.shape[1], torch.SymInt):
-            found.append(index)
-    return frozenset(found)
+        dynamic = isinstance(mask.shape[1], torch.SymInt)
+        axes = range(1, len(shape)) if dynamic else range(1, 2) if len(shape) >= 3 else ()
+        axis = next((axis for axis in axes if str(shape[axis]) == str(mask.shape[1])), None)
+        if axis is not None:
+            found[index] = axis
+    return found
 
 
-def _compare(y0: Tensor, y1: Tensor, keep: Tensor | None) -> tuple[float, float]:
+def real_tokens_of(program: Any) -> Callable[[Call, int, Any], Any]:
+    """A function that takes padding out of an output: of a call and a flat index (None does not count) and a value."""
+    axes: dict[str, dict[int, int]] = {}
+
+    def real(call: Call, place: int, value: Any) -> Any:
+        mask = mask_of(program, call)
+        if mask is None or not isinstance(value, Tensor):
+            return value
+        if mask[0] not in axes:
+            axes[mask[0]] = token_axes_of(program, mask[0], skip_none=True)
+        axis = _token_axis(place, value, mask[1], axes[mask[0]])
+        return value if axis is None else without_padding(value, mask[1], axis)
+
+    return real
+
+
+def without_padding(y: Tensor, mask: Tensor, axis: int) -> Tensor:
+    """An output with zeros where `mask` [B, N] hides the tokens along `axis`."""
+    shape = [1] * y.ndim
+    shape[0], shape[axis] = mask.shape
+    return y.where(mask.bool().to(y.device).reshape(shape), 0)
+
+
+def _compare(y0: Tensor, y1: Tensor) -> tuple[float, float]:
     """Largest relative L2 difference and smallest cosine over rows."""
     a, b = y0.detach().double(), y1.detach().to(y0.device).double()
-    if keep is not None:
-        real = keep.bool().to(a.device).reshape(*keep.shape, *[1] * (a.ndim - 2))
-        a, b = a.where(real, 0.0), b.where(real, 0.0)
     a, b = a.flatten(1), b.flatten(1)
     # Equal infinities (a mask written into logits) are no difference, and no part of the norms.
     same = (a == b) & a.isinf()
@@ -108,10 +133,10 @@ def _finite_or(value: Tensor, otherwise: float) -> float:
     return number if math.isfinite(number) else otherwise
 
 
-def _has_tokens(index: int, y: Tensor, mask: Tensor, token_outputs: frozenset[int] | None) -> bool:
-    if y.ndim < 2 or tuple(y.shape[:2]) != tuple(mask.shape):
-        return False
-    return y.ndim >= 3 if token_outputs is None else index in token_outputs
+def _token_axis(index: int, y: Tensor, mask: Tensor, token_axes: Mapping[int, int] | None) -> int | None:
+    axis = token_axes.get(index) if token_axes is not None else 1 if y.ndim >= 3 else None
+    fits = axis is not None and y.ndim > axis and (y.shape[0], y.shape[axis]) == tuple(mask.shape)
+    return axis if fits else None
 
 
 def _looks_like_logits(name: str, y: Tensor, outputs: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from toys import toy_graph
 
 from tamis.errors import InputMismatch
-from tamis.runtime.verify import combine, drift, token_outputs_of
+from tamis.runtime.verify import combine, drift, token_axes_of
 
 ROWS = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
 
@@ -43,7 +43,10 @@ def test_masked_tokens_do_not_count() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     assert drift(tokens, moved).relative_l2 == math.inf
     assert drift(tokens, moved, mask).relative_l2 == 0
-    assert drift(tokens, moved, mask, frozenset()).relative_l2 == math.inf
+    assert drift(tokens, moved, mask, {}).relative_l2 == math.inf
+    heads, moved_heads = tokens.unsqueeze(1), moved.unsqueeze(1)  # [B, H, N, D], as a cache has it
+    assert drift(heads, moved_heads, mask, {0: 2}).relative_l2 == 0
+    assert drift(heads, moved_heads, mask, {0: 1}).relative_l2 == math.inf
 
 
 def test_logits_agree_on_the_largest() -> None:
@@ -97,4 +100,4 @@ def test_calls_combine() -> None:
 
 
 def test_token_outputs_share_the_length_symbol() -> None:
-    assert token_outputs_of(toy_graph().program, "attention_mask") == {1}
+    assert token_axes_of(toy_graph().program, "attention_mask") == {1: 1}
