@@ -12,6 +12,8 @@ from torch import fx
 from ..graph import Layer, Site
 from .masks import ancestors
 from .rotation import keys_before_rotation
+from .sizes import same as same
+from .streams import reached_in_place
 
 aten = torch.ops.aten
 ADDS = (aten.add.Tensor, aten.add_.Tensor)
@@ -21,7 +23,8 @@ NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
     """The sites with their roles, and the layers of the stream in order.
 
-    A site is on the stream when its result is added to a value [B, N, C] it was computed from, with the same tokens.
+    A site is on a stream when its result is added to a value [B, N, C] it was computed from, with the same tokens.  Of
+    several streams the one that is not causal and has most layers is taken, the first of equals.
     """
     by_name = {node.name: node for node in graph.nodes}
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -34,6 +37,11 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
         else:
             judged.append(replace(site, role="stream"))
             found.append((site, residual))
+    found = _deepest(graph, found)
+    mine = {site.index for site, _ in found}
+    judged = [
+        _of_another_stream(site, found) if site.role == "stream" and site.index not in mine else site for site in judged
+    ]
     post_norm = sum(_only_norm(residual.add) is not None for _, residual in found) * 2 > len(found)
     limits = [order[by_name[site.node]] for site, _ in found[1:]] + [len(order)] * bool(found)
     layers = [
@@ -41,6 +49,29 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
         for i, ((site, residual), limit) in enumerate(zip(found, limits, strict=True))
     ]
     return tuple(_with_keys_before_rope(judged, by_name, order, found)), tuple(layers)
+
+
+def _deepest(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[tuple[Site, Residual]]:
+    """The layers of one stream."""
+    streams = []
+    while found:
+        reached = reached_in_place(graph, found[0][1].stream)
+        streams.append([layer for layer in found if layer[1].stream in reached])
+        found = [layer for layer in found if layer[1].stream not in reached]
+    return max(streams, key=lambda layers: (not _causal(layers[0][0]), len(layers)), default=[])
+
+
+def _causal(site: Site) -> bool:
+    return site.causal or site.mask.kind == "causal"
+
+
+def _of_another_stream(site: Site, taken: list[tuple[Site, Residual]]) -> Site:
+    first = taken[0][0]
+    reason = (
+        "it works on another stream of tokens; one stream of a model is reduced, the deepest that is not causal, which "
+        f"starts at {first.module or first.node}"
+    )
+    return replace(site, role="other", reason=reason)
 
 
 def _with_keys_before_rope(
@@ -140,9 +171,3 @@ def _descendants(node: fx.Node, *, through_sizes: bool = True) -> set[fx.Node]:
             found.add(one)
             pending.extend(one.users)
     return found
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same number or the same expression, without adding a guard."""
-    first, second = (x.node.expr if isinstance(x, torch.SymInt) else int(x) for x in (a, b))
-    return bool(first == second)
