@@ -49,15 +49,15 @@ class Plan:
 class Attention:
     """Statistics of the attention just passed, computed on demand from q and k, never from an N x N matrix.
 
-    Rows are softmax(q k^T * scale + bias) in float32, with the padding and size bias that the attention itself had.
+    Rows are softmax(q k^T * scale + bias) in float32, with the padding, the size bias and the bias for pairs of tokens
+    (relative positions) that the attention itself had.
     """
 
-    rows_of: Callable[[Tensor], Tensor]  # query rows [B, H, R, D] -> probabilities [B, H, R, N]
-    class_query: Callable[[], Tensor]  # [B, H, 1, D], of each row's first real token
+    class_row: Callable[[], Tensor]
 
     def cls_row(self) -> Tensor:
         """Attention of the class token (the first real token) to every token.  -> [B, H, N] float32."""
-        return self.rows_of(self.class_query())[:, :, 0]
+        return self.class_row()
 
 
 @dataclass

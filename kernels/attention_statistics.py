@@ -1,10 +1,12 @@
 """attention_rows: the attention probabilities of a few queries, without the N x N matrix.
 
-    P[b, h, r, :] = softmax_j(scale * queries[b, h, r] . k[b, h, j] + key_bias[b, j])
+    P[b, h, r, :] = softmax_j(scale * queries[b, h, r] . k[b, h, j] + key_bias[b, j] + mask[b, h, r, j])
 
 queries   [B, H, R, D]     float    any query rows, as attention used them
 k         [B, Hk, M, D]    float    Hk divides H; head h reads key head h // (H / Hk)
 key_bias  [B, M]           float32  added to every row's logits: log of token sizes, -inf for padding; None: 0
+mask      [., ., R, M]     broadcast to [B, H, R, M]: bool (true: seen) or float (added), such as those queries' rows of
+                           a relative position bias; None: 0
 scale     float
 ->        [B, H, R, M]     float32 (float64 for float64 input)
 
@@ -22,27 +24,29 @@ from onnxscript import script
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
-from .attention import grouped_logits
+from .attention import MaybeTensor, as_added, grouped_logits
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
 
 
-def reference(queries: Tensor, k: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+def reference(queries: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float) -> Tensor:
     """See the module."""
     logits = grouped_logits(queries, k, scale)
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype)[:, None, None, :]
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
     return logits.softmax(dim=-1)
 
 
-def fake(queries: Tensor, k: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+def fake(queries: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float) -> Tensor:
     """Shape rule."""
     return queries.new_empty((*queries.shape[:3], k.shape[2]), dtype=compute_dtype(queries))
 
 
 @script(TAMIS, default_opset=op)
-def AttentionRows(queries, k, key_bias, scale: float):
+def AttentionRows(queries, k, key_bias, mask, scale: float):
     q = op.Cast(queries, to=1) * scale
     keys = op.Cast(k, to=1)
     # query heads that share a key head are stacked, so that no key is repeated
@@ -51,16 +55,17 @@ def AttentionRows(queries, k, key_bias, scale: float):
     groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
     logits = op.MatMul(op.Reshape(q, groups, allowzero=1), op.Transpose(keys, perm=[0, 1, 3, 2]))
     apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
-    bias = op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    bias = op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2]) + op.Cast(mask, to=1)
     return op.Softmax(op.Reshape(logits, apart, allowzero=1) + bias, axis=-1)
 
 
-def onnx(queries: Tensor, k: Tensor, key_bias: Tensor | None, scale: float) -> OnnxCall:
+def onnx(queries: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float) -> OnnxCall:
     """Calls AttentionRows."""
-    return OnnxCall(AttentionRows, [queries, k, [0] if key_bias is None else key_bias], {"scale": scale})
+    bias = [0] if key_bias is None else key_bias
+    return OnnxCall(AttentionRows, [queries, k, bias, as_added(mask)], {"scale": scale})
 
 
-def flops(queries: Any, k: Any, key_bias: Any, scale: float, **_: Any) -> int:
+def flops(queries: Any, k: Any, *_: Any, **__: Any) -> int:
     """The product of queries and keys: 2 * B * H * R * M * D."""
     batch, heads, rows, width = queries
     return 2 * batch * heads * rows * k[2] * width
@@ -74,15 +79,20 @@ def samples() -> Iterator[tuple[Any, ...]]:
         k = torch.randn(batch, key_heads, keys, 8, generator=generator)
         bias = torch.rand(batch, keys, generator=generator).log()
         bias[:, 1:2] = -torch.inf
-        yield q, k, None, 8**-0.5
-        yield q, k, bias, 0.25
-        yield q.half(), k.half(), bias, 0.25
+        added = torch.randn(1, heads, rows, keys, generator=generator)
+        seen = torch.rand(batch, 1, rows, keys, generator=generator) > 0.3
+        seen[..., 0] = True
+        yield q, k, None, None, 8**-0.5
+        yield q, k, bias, None, 0.25
+        yield q, k, bias, added, 0.25
+        yield q, k, None, seen, 0.25
+        yield q.half(), k.half(), bias, None, 0.25
 
 
 ATTENTION_ROWS = define_op(
     Op(
         name="attention_rows",
-        schema="(Tensor queries, Tensor k, Tensor? key_bias, float scale) -> Tensor",
+        schema="(Tensor queries, Tensor k, Tensor? key_bias, Tensor? mask, float scale) -> Tensor",
         reference=reference,
         fake=fake,
         onnx=onnx,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from ..capture.masks import HIDDEN
 from ..errors import MethodFailed, TamisError, TokenShapeConflict, TooManyRemoved
 from ..graph import Layer, Site, TokenGraph, shape_text
 from ..rewrite import Outcome
@@ -181,7 +182,34 @@ class CutRunner:
             first = state.valid.to(torch.int64).argmax(1, keepdim=True)
             return take_rows(queries, first, 2, 0)
 
-        return Attention(lambda rows: torch.ops.tamis.attention_rows(rows, keys, bias, site.scale), class_query)
+        def class_row() -> Tensor:
+            first = None if state.valid is None or state.plans else state.valid.to(torch.int64).argmax(1, keepdim=True)
+            query = queries[:, :, :1] if first is None else take_rows(queries, first, 2, 0)
+            mask = self._mask_row(site, first)
+            return torch.ops.tamis.attention_rows(query, keys, state.key_bias(), mask, site.scale)[:, :, 0]
+
+        return Attention(class_row)
+
+    def _mask_row(self, site: Site, first: Tensor | None) -> Tensor | None:
+        """[., ., 1, N] what a mask for pairs of tokens says of the first token (`first` [B, 1]); None without one."""
+        if site.mask.node is None or site.mask.kind in ("full", "padding"):
+            return None
+        mask: Tensor = self._live(site.mask.node)
+        mask, state = mask[(None,) * (4 - mask.dim())], self._state
+        if state.plans:
+            index = state.leader(0)
+            mask = mask.expand(state.batch, -1, -1, -1)
+            return take_rows(take_rows(mask, index[:, :1], 2, 0), index, 3, 0)
+        return mask[:, :, :1] if first is None else take_rows(mask.expand(state.batch, -1, -1, -1), first, 2, 0)
+
+
+def real_tokens(mask: Tensor) -> Tensor:
+    """[B, N] bool of the keys that a mask [B, 1, N or 1, N] or [N, N] does not hide as padding: a token sees itself."""
+    rows = mask.shape[-2]
+    same_for_all = isinstance(rows, int) and rows == 1
+    row = mask.select(-2, 0) if same_for_all else torch.diagonal(mask, dim1=-2, dim2=-1)
+    row = row.select(1, 0) if row.dim() == 3 else row
+    return row if row.dtype == torch.bool else row > HIDDEN
 
 
 def _count_text(count: Any) -> Any:

@@ -39,22 +39,48 @@ class Stream:
     plans: list[Plan] = field(default_factory=list)
     _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
     _raw_keys: Tensor | None = None
+    _bias: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
         self.original_valid = self.valid
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, raw_keys: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        raw_keys: Tensor | None = None,
+        bias: Tensor | float = 0.0,
+    ) -> Tensor:
         """softmax(q k^T * scale + bias) v, heads joined; [B, H, N, D] each -> [B, N, H * D].
 
-        raw_keys  keys before rotary position embedding, where the model has it.
+        raw_keys  keys before rotary position embedding, where the model has it
+        bias      [B, H, N, N] of the tokens of now (see `pairs`)
         """
-        self._qkv, self._raw_keys = (q, k, v, scale), raw_keys
-        return (self._probabilities(q) @ v).transpose(1, 2).flatten(2)
+        self._qkv, self._raw_keys, self._bias = (q, k, v, scale), raw_keys, bias
+        return (self._probabilities() @ v).transpose(1, 2).flatten(2)
 
-    def _probabilities(self, queries: Tensor) -> Tensor:
-        _, k, _, scale = self._now()
-        logits = queries @ k.transpose(-1, -2) * scale
+    def _probabilities(self) -> Tensor:
+        q, k, _, scale = self._now()
+        logits = q @ k.transpose(-1, -2) * scale + self._bias
         return (logits + self._key_bias(logits)[:, None, None]).softmax(-1)
+
+    def pool(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of queries [B, H, Q, D] that are no tokens, heads joined -> [B, Q, H * D]."""
+        logits = q @ k.transpose(-1, -2) * scale
+        return ((logits + self._key_bias(logits)[:, None, None]).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def rows(self, table: Tensor, batch: int) -> Tensor:
+        """A table [N0, ...] of original positions for the tokens of now, each taking its leader's row: [B, N, ...]."""
+        return table.expand(batch, *table.shape) if self.leaders is None else table[self.leaders]
+
+    def pairs(self, table: Tensor, batch: int) -> Tensor:
+        """A table [H, N0, N0] for pairs of original positions, for the tokens of now: [B, H, N, N]."""
+        if self.leaders is None:
+            return table.expand(batch, *table.shape)
+        return torch.stack([table[:, row][:, :, row] for row in self.leaders])
 
     def _now(self) -> tuple[Tensor, Tensor, Tensor, float]:
         assert self._qkv is not None
@@ -105,15 +131,15 @@ class Stream:
                 "positions": lambda: self._positions(x),
                 "source": lambda: self._source_now(x),
             },
-            _attention=lambda: Attention(lambda rows: self._probabilities(rows).float(), self._class_query),
+            _attention=lambda: Attention(self._class_row),
         )
 
-    def _class_query(self) -> Tensor:
-        q = self._now()[0]
+    def _class_row(self) -> Tensor:
+        rows = self._probabilities().float()
         if self.valid is None:
-            return q[:, :, :1]
+            return rows[:, :, 0]
         first = self.valid.int().argmax(1)
-        return torch.stack([q[b, :, i : i + 1] for b, i in enumerate(first.tolist())])
+        return torch.stack([rows[b, :, i] for b, i in enumerate(first.tolist())])
 
     def _source_now(self, x: Tensor) -> Tensor:
         if self.source is not None:

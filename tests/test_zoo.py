@@ -23,14 +23,10 @@ MORE = (
 EXTENDED = ("vit_mean", "deit_distilled", "bert")  # mean pooling, two prefix tokens, padding
 FLOAT64_BUDGET = 1e-5  # sizes and scores are float32 whatever the model is
 CASES = [
-    *((name, passes) for name in FAMILIES for passes in MAIN),
-    *((name, passes) for name in EXTENDED for passes in MORE),
-    *(
-        pytest.param(name, passes, marks=pytest.mark.full)
-        for name in FAMILIES
-        if name not in EXTENDED
-        for passes in MORE
-    ),
+    pytest.param(name, passes, marks=[] if passes in MAIN or name in EXTENDED else [pytest.mark.full])
+    for name, family in FAMILIES.items()
+    for passes in MAIN + MORE
+    if family.takes(passes)
 ]
 
 
@@ -197,11 +193,21 @@ def test_left_padding_where_the_model_does_not_know_positions(passes):
     assert_equal_outputs([left_tokens, left_pooled], answer.outputs, FLOAT64_BUDGET)
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.without])
+def test_a_method_that_does_not_fit_says_why(name):
+    for method in FAMILIES[name].without:
+        result = Pipeline.parse(f"{method}:keep_ratio=0.7").run(captured(name), allow_noop=True)
+        assert not result.changed
+        assert "class token" in result.outcomes[0].reason
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("passes", ["tome:r=2", "tome:r=(4,-1)", "evit", "random:keep_ratio=0.7"])
 def test_twelve_layers(name, passes):
     family = FAMILIES[name]
+    if not family.takes(passes):
+        pytest.skip(f"{name} does not take {passes}")
     model = family.model(torch.float64, layers=12)
     args, kwargs = family.inputs(2, dtype=torch.float64)
     result = Pipeline.parse(passes).run(capture(model, args, kwargs=kwargs))

@@ -7,7 +7,7 @@ size bias or a wrong merge would drown in the tolerance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -27,7 +27,7 @@ class Family:
     tokens  tokens at the default input, prefix included
     layers  depth unless asked otherwise
     dynamic what may change from call to call: "batch", "length"
-    pooled  what the outputs are made from: "class", "mean", and whether tokens themselves come out
+    without methods that cannot run on it, such as those that score by a class token it does not have
     """
 
     name: str
@@ -39,7 +39,11 @@ class Family:
     dynamic: tuple[str, ...] = ("batch",)
     padded: bool = False
     oracle: str = "timm"
-    tags: frozenset[str] = field(default_factory=frozenset)
+    without: tuple[str, ...] = ()
+
+    def takes(self, passes: str) -> bool:
+        """Whether the methods of a recipe can run on it."""
+        return not any(passes.startswith(name) for name in self.without)
 
     def model(self, dtype: torch.dtype = torch.float32, layers: int | None = None) -> nn.Module:
         """A fresh module; the same weights every time."""
@@ -78,7 +82,7 @@ def _spread(name: str, parameter: Tensor) -> float:
         return 0.3
     if name.endswith("bias"):
         return 0.1
-    if "embed" in name or "token" in name or parameter.dim() == 1:
+    if "embed" in name or "token" in name or parameter.dim() <= 1:
         return 0.5 if parameter.dim() < 4 else parameter[0].numel() ** -0.5
     return parameter[0].numel() ** -0.5
 
@@ -178,6 +182,34 @@ def clip_vision(layers: int) -> nn.Module:
     return quietly(lambda: CLIPVisionModel(config))
 
 
+_HF_NARROW = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 64, "patch_size": 16}
+
+
+def hf_dinov3(layers: int) -> nn.Module:
+    """DINOv3ViTModel with two register tokens: patches are rotated."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(**_HF_NARROW, num_hidden_layers=layers, num_register_tokens=2)
+    return quietly(lambda: DINOv3ViTModel(config))
+
+
+def hf_beit(layers: int) -> nn.Module:
+    """BeitModel with relative position bias, of each layer and of all layers together, and mean pooling."""
+    from transformers import BeitConfig, BeitModel
+
+    biases = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+    config = BeitConfig(**_HF_NARROW, **biases, num_hidden_layers=layers)
+    return quietly(lambda: BeitModel(config))
+
+
+def hf_siglip(layers: int) -> nn.Module:
+    """SiglipVisionModel: pools by attention of a learned query, whose heads are folded into the batch."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(**_HF_NARROW, num_hidden_layers=layers)
+    return quietly(lambda: SiglipVisionModel(config))
+
+
 def bert(layers: int) -> nn.Module:
     """BertModel with pooler: post-norm, dynamic length."""
     from transformers import BertConfig, BertModel
@@ -189,6 +221,9 @@ def bert(layers: int) -> nn.Module:
 
 _NARROW = {"embed_dim": 96, "num_heads": 3, "num_classes": 10}
 _TINY = {**_NARROW, "img_size": 96}
+_SMALL = {**_NARROW, "img_size": 64}
+_EVA = {**_NARROW, "img_size": 70}
+_SIGLIP, _SIGLIP_GAP = "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"
 FAMILIES = {
     family.name: family
     for family in (
@@ -203,6 +238,15 @@ FAMILIES = {
             5,
             54,
         ),
+        Family("siglip", timm_model(_SIGLIP, **_SMALL), image_inputs(64), 0, 16, without=("evit",)),
+        Family("siglip_gap", timm_model(_SIGLIP_GAP, **_SMALL), image_inputs(64), 0, 16, without=("evit",)),
+        Family("eva02", timm_model("eva02_tiny_patch14_224", **_EVA), image_inputs(70), 1, 26, oracle="timm_eva"),
+        Family("eva02_split", timm_model("eva02_base_patch14_224", **_EVA), image_inputs(70), 1, 26, oracle="timm_eva"),
+        Family("dinov3", timm_model("vit_small_patch16_dinov3", **_SMALL), image_inputs(64), 5, 21, oracle="timm_eva"),
+        Family("beit", timm_model("beit_base_patch16_224", **_SMALL), image_inputs(64), 1, 17, oracle="timm_beit"),
+        Family("beitv2", timm_model("beitv2_base_patch16_224", **_SMALL), image_inputs(64), 1, 17, oracle="timm_beit"),
+        Family("hf_dinov3", hf_dinov3, image_inputs(64, "pixel_values"), 3, 19, oracle="hf_dinov3"),
+        Family("hf_beit", hf_beit, image_inputs(64, "pixel_values"), 1, 17, oracle="hf_beit"),
         Family("hf_vit", hf_vit, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("hf_vit_classifier", hf_vit_classifier, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("clip_vision", clip_vision, image_inputs(80, "pixel_values"), 1, 26, oracle="clip"),

@@ -29,10 +29,12 @@ def case(heads: int, key_heads: int, queries: int, keys: int) -> dict[str, torch
     return values
 
 
-def definition(c: dict[str, torch.Tensor], bias: bool, mask: str | None, scale: float, causal: bool) -> Any:
+def definition(c: dict[str, Any], bias: bool, mask: str | None, scale: float, causal: bool, cap: float = 0) -> Any:
     repeats = c["q"].shape[1] // c["k"].shape[1]
     k, v = (c[name].double().repeat_interleave(repeats, 1) for name in "kv")
     logits = c["q"].double() @ k.transpose(2, 3) * scale
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
     if bias:
         logits = logits + c["bias"].double().reshape(2, 1, 1, -1)
     if mask == ADDED:
@@ -57,14 +59,18 @@ def test_attention_equals_the_definition(sizes, bias, mask, causal):
     torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-6)
     assert lse.dtype == torch.float32
+    capped = attend(c["q"], c["k"], c["v"], key_bias, given, 0.3, causal, 0.7)
+    expected_out, _, _ = definition(c, bias, mask, 0.3, causal, cap=0.7)
+    torch.testing.assert_close(capped.double(), expected_out, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", [None, SEEN, ADDED])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(4, 4, 7, 7), (4, 2, 5, 9), (3, 1, 1, 4)])
-def test_rows_equal_the_definition(sizes, bias):
+def test_rows_equal_the_definition(sizes, bias, mask):
     c = case(*sizes)
-    _, _, expected = definition(c, bias, None, 0.3, False)
-    got = rows(c["q"], c["k"], c["bias"] if bias else None, 0.3)
+    _, _, expected = definition(c, bias, mask, 0.3, False)
+    got = rows(c["q"], c["k"], c["bias"] if bias else None, c[mask] if mask else None, 0.3)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
     assert got.shape == (*c["q"].shape[:3], c["k"].shape[2])
 

@@ -1,7 +1,19 @@
 """One hand-written forward per architecture: (model, family, methods, inputs) -> (outputs in order, Stream)."""
 
 from oracles.bert import bert
+from oracles.hf_positions import hf_beit, hf_dinov3, hf_siglip
 from oracles.hf_vision import clip, hf_vit
+from oracles.timm_positions import timm_beit, timm_eva
 from oracles.timm_vit import timm_vit
 
-FORWARDS = {"timm": timm_vit, "hf_vit": hf_vit, "clip": clip, "bert": bert}
+FORWARDS = {
+    "timm": timm_vit,
+    "timm_eva": timm_eva,
+    "timm_beit": timm_beit,
+    "hf_vit": hf_vit,
+    "hf_dinov3": hf_dinov3,
+    "hf_beit": hf_beit,
+    "hf_siglip": hf_siglip,
+    "clip": clip,
+    "bert": bert,
+}

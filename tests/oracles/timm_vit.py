@@ -32,5 +32,15 @@ def _attention(attn: Any, x: Tensor, stream: Stream) -> Tensor:
 def _head(model: Any, x: Tensor, stream: Stream) -> Tensor:
     if isinstance(getattr(model, "head_dist", None), nn.Module):
         return (model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2
+    if getattr(model, "attn_pool", None) is not None:
+        return model.head(model.fc_norm(_attention_pool(model.attn_pool, x, stream)))
     pooled = stream.mean(x) if model.global_pool == "avg" else x[:, 0]
     return model.head(model.fc_norm(pooled))
+
+
+def _attention_pool(pool: Any, x: Tensor, stream: Stream) -> Tensor:
+    """One learned query reads the tokens (SigLIP)."""
+    latent = pool.q(pool.latent).expand(x.shape[0], -1, -1)
+    q, k, v = (t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for t in (latent, *pool.kv(x).chunk(2, -1)))
+    y = pool.proj(stream.pool(q, k, v, pool.scale))
+    return (y + pool.mlp(pool.norm(y)))[:, 0]

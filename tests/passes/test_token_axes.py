@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import draw
 
 from tamis.capture import capture
-from tamis.errors import MethodFailed, TokenAxisUnsupported
+from tamis.errors import TokenAxisUnsupported
 from tamis.graph import TokenGraph
 from tamis.rewrite import Pipeline
 
@@ -246,12 +246,6 @@ def test_a_segment_that_is_not_all_behind_the_prefix_needs_every_token(name: str
         run(graph, "random:r=5", 2)
     expected = head(run(plain, "tome:r=5", 3))
     torch.testing.assert_close(run(graph, "tome:r=5", 3), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_scores_from_attention_are_refused_where_it_has_a_bias_per_pair() -> None:
-    _, graph = trunk(lambda x: x[:, 0], "bias")
-    with pytest.raises(MethodFailed, match="a bias for every pair of tokens"):
-        run(graph, "evit:keep_ratio=0.5", 2)
 
 
 class GridBetween(Trunk):
