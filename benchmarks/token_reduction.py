@@ -1,12 +1,20 @@
-"""Dense against reduced, side by side: speed-up over what the FLOPs allow.
+"""Dense against reduced, side by side, in every back end on CPU: speed-up over what the FLOPs allow.
 
-    python benchmarks/token_reduction.py [--rounds 15] [--processes 3] [--json FILE]
+    python benchmarks/token_reduction.py                  # the whole matrix: 3 models x 2 batches x 3 back ends
+        [--models vit_small_224,..] [--backends eager,..] [--batches 1,8]
+        [--seconds 20] [--rounds 15] [--processes 1]      # per model, batch, back end and process
+        [--json benchmarks/results/token_reduction.json]  # rows are merged into the file
+        --json FILE --docs                                # measures nothing, renders FILE's tables into README and docs
 
-vit_small 224, ToMe r=13, batch 8, one thread, float32, random weights (times depend on shapes only).  In every round
-all variants run once in random order; the ratio of a round is dense / variant; the figure is the median over rounds,
-and over processes because memory placement moves one process by a few per cent.  "slice" is the bound: the same token
-counts by a free view (x[:, :n]), without matching or merging.  FLOP-ideal is dense over reduced FLOPs by torch's
-counter.
+One thread, float32, random weights: times depend on shapes only.  In every round dense, reduced and slice run once
+each in random order; a round's speed-up is its dense time over its other time, the figure the median over rounds, and
+over processes because memory placement moves one process by a few per cent.  Time is CPU time of the process.
+A row takes `--seconds` of rounds, at least 3 of them and at most `--rounds`.
+
+slice      the bound of any method: the same token counts by a free view, x[:, :n]
+ideal      dense over reduced FLOPs, by torch's counter
+of ideal   measured speed-up over ideal;  of slice  slice time over reduced time
+Inductor runs mode "default"; the dense model is compiled for its batch, the reduced one for any.
 """
 
 from __future__ import annotations
@@ -21,129 +29,202 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MODEL, RECIPE, BATCH, R = "vit_small_patch16_224", "tome:r=13", 8, 13
+from speed.table import NAMES, fill
+from speed.variants import BACKENDS, CASES, calls, write_files
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/performance.md")
+MIN_ROUNDS = 3
 
 
-def slice_oracle(model: Any) -> Callable[[Any], Any]:
-    """The model with r tokens fewer after every attention, by a view."""
-
-    def run(x: Any) -> Any:
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        for block in model.blocks:
-            x = x + block.ls1(block.attn(block.norm1(x)))
-            x = x[:, : x.shape[1] - R]
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-        return model.forward_head(model.norm(x))
-
-    return run
-
-
-def onnx_session(path: str) -> Callable[[Any], Any]:
-    """A file in ONNX Runtime on one CPU thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x.numpy()})
-
-
-def variants(directory: str) -> tuple[dict[str, tuple[str, Callable[[Any], Any]]], float, Any]:
-    """name -> (what it is compared with, callable); the FLOP-ideal speed-up; an input."""
-    import timm
+def measure(case_name: str, backend: str, batches: list[int], seconds: float, rounds: int, files: Path) -> Any:
+    """One process' result for each batch: seconds of every round, and how far reduced is from eager execution."""
     import torch
 
-    import tamis
-
     torch.set_num_threads(1)
-    model, x = timm.create_model(MODEL).eval(), torch.randn(BATCH, 3, 224, 224)
-    fast = tamis.compile(model, (x[:2],), passes=RECIPE, verify=False)
-    fast.export(f"{directory}/reduced.onnx", check=False)
-    same = tamis.compile(model, (x[:2],), passes="tome:r=0", allow_noop=True, verify=False)
-    same.export(f"{directory}/dense.onnx", check=False)
-    return (
-        {
-            "eager dense": ("eager dense", model),
-            "eager tome": ("eager dense", fast),
-            "eager slice": ("eager dense", slice_oracle(model)),
-            "onnxruntime dense": ("onnxruntime dense", onnx_session(f"{directory}/dense.onnx")),
-            "onnxruntime tome": ("onnxruntime dense", onnx_session(f"{directory}/reduced.onnx")),
-        },
-        fast.report.flops_before / fast.report.flops_after,
-        x,
+    case, results = CASES[case_name], []
+    models, variants = calls(case, backend, files)
+    eager = models.reduced.graph.program.module()
+    for batch in batches:
+        torch._dynamo.reset()  # a second batch must not make the dense model's batch a symbol
+        x = torch.randn(batch, 3, case.side, case.side)
+        with torch.inference_mode():
+            difference = relative(variants["reduced"](x), eager(x))
+            times = interleaved(variants, x, seconds, rounds)
+        results.append({"batch": batch, "flop_ideal": models.ideal, "difference": difference, "times": times})
+    return results
+
+
+def relative(got: Any, expected: Any) -> float:
+    """Largest difference over the largest value."""
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def interleaved(variants: dict[str, Any], x: Any, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every variant in every round, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    end = float("inf")
+    for i in range(rounds + 1):
+        for name in random.sample(list(variants), len(variants)):
+            start = time.process_time()
+            variants[name](x)
+            if i:
+                times[name].append(time.process_time() - start)
+        end = time.monotonic() + seconds if i == 0 else end
+        if i >= MIN_ROUNDS and time.monotonic() > end:
+            break
+    return times
+
+
+def row(case_name: str, backend: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs of several processes say together."""
+
+    def speedups(name: str) -> list[float]:
+        return [
+            statistics.median(a / b for a, b in zip(run["times"]["dense"], run["times"][name], strict=True))
+            for run in runs
+        ]
+
+    ideal, measured, bound = runs[0]["flop_ideal"], speedups("reduced"), speedups("slice")
+    ratios = [a / b for run in runs for a, b in zip(run["times"]["dense"], run["times"]["reduced"], strict=True)]
+    return {
+        "model": case_name,
+        "recipe": CASES[case_name].recipe,
+        "backend": backend,
+        "batch": runs[0]["batch"],
+        "dense_ms": 1e3 * statistics.median(t for run in runs for t in run["times"]["dense"]),
+        "speedup": statistics.median(measured),
+        "flop_ideal": ideal,
+        "of_ideal": statistics.median(measured) / ideal,
+        "low": min(ratios) / ideal,
+        "high": max(ratios) / ideal,
+        "slice_of_ideal": statistics.median(bound) / ideal,
+        "of_slice": statistics.median(a / b for a, b in zip(measured, bound, strict=True)),
+        "difference_to_eager": max(run["difference"] for run in runs),
+        "rounds": [len(run["times"]["dense"]) for run in runs],
+    }
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Every row and node count asked for, each model and back end in processes of its own."""
+    results: dict[str, Any] = {"rows": [], "nodes": {}}
+    for case_name in options.models:
+        with tempfile.TemporaryDirectory() as files:
+            if "onnxruntime" in options.backends:
+                results["nodes"][case_name] = child(options, files, case_name, "files")
+            for backend in options.backends:
+                runs = [child(options, files, case_name, backend) for _ in range(options.processes)]
+                for of_one_batch in zip(*runs, strict=True):
+                    results["rows"].append(row(case_name, backend, list(of_one_batch)))
+                    show(results["rows"][-1])
+    return results
+
+
+def child(options: argparse.Namespace, files: str, case_name: str, what: str) -> Any:
+    """The JSON that this script, run as `--one`, prints last."""
+    command = [sys.executable, __file__, "--one", case_name, what, files, *shared_arguments(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shared_arguments(options: argparse.Namespace) -> list[str]:
+    """The arguments that say how long to measure what."""
+    batches = ",".join(map(str, options.batches))
+    return ["--batches", batches, "--seconds", f"{options.seconds:g}", "--rounds", str(options.rounds)]
+
+
+def one(options: argparse.Namespace) -> Any:
+    """A child's work: write the files, or measure a back end."""
+    case_name, what, files = options.one
+    if what == "files":
+        return write_files(CASES[case_name], Path(files))
+    return measure(case_name, what, options.batches, options.seconds, options.rounds, Path(files))
+
+
+def show(result: dict[str, Any]) -> None:
+    """One line per row, as soon as it is there."""
+    print(
+        f"{result['model']} {result['recipe']} batch {result['batch']} {NAMES[result['backend']]}:"
+        f" {result['speedup']:.2f}x of {result['flop_ideal']:.2f}x = {result['of_ideal']:.3f} of ideal"
+        f" ({result['low']:.2f} to {result['high']:.2f}), slice {result['slice_of_ideal']:.3f} of ideal,"
+        f" {result['of_slice']:.3f} of slice; differs from eager by {result['difference_to_eager']:.0e}"
+        f" ({result['rounds']} rounds)",
+        flush=True,
     )
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Median speed-ups of one process."""
-    import torch
-
-    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-        compared, ideal, x = variants(directory)
-        times: dict[str, list[float]] = {name: [] for name in compared}
-        for i in range(rounds + 1):
-            for name in random.sample(list(compared), len(compared)):
-                start = time.process_time()
-                compared[name][1](x)
-                if i:
-                    times[name].append(time.process_time() - start)
-    speedups = {
-        name: statistics.median(a / b for a, b in zip(times[base], times[name], strict=True))
-        for name, (base, _) in compared.items()
-    }
-    return {"flop_ideal": ideal, "speedup": speedups}
-
-
-def main() -> None:
-    """Run in several processes and print medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", action="store_true", help="one process, JSON on stdout")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.rounds)))
-        return
-    command = [sys.executable, __file__, "--one", "--rounds", str(options.rounds)]
-    runs = []
-    for _ in range(options.processes):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    report(runs, options)
-
-
-def report(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Table on stdout, all runs in the JSON file."""
+def merged(results: dict[str, Any], before: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The rows of the file with those measured now in their places, ordered by model, batch, back end."""
     import onnxruntime
     import torch
 
-    ideal = runs[0]["flop_ideal"]
-    print(f"{MODEL} {RECIPE} batch {BATCH}, 1 thread; FLOP-ideal {ideal:.3f}")
-    for name in runs[0]["speedup"]:
-        values = [run["speedup"][name] for run in runs]
-        median = statistics.median(values)
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"  {name:20} {median:.3f}x   {median / ideal:.2f} of ideal   ({spread} over processes)")
+    arguments = ["--models", ",".join(options.models), "--backends", ",".join(options.backends)]
+    arguments += [*shared_arguments(options), "--processes", str(options.processes)]
+    facts = {
+        "command": f"python benchmarks/token_reduction.py {' '.join(arguments)}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, no GPU, one thread",
+        "versions": f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}",
+    }
+    rows = {key(one): one for one in [*before.get("rows", []), *({**one, **facts} for one in results["rows"])]}
+    order = [(model, batch, backend) for model in CASES for batch in (1, 8) for backend in BACKENDS]
+    place = {which: i for i, which in enumerate(order)}
+    found = sorted(rows.values(), key=lambda one: place.get(key(one), len(order)))
+    return {"rows": found, "nodes": {**before.get("nodes", {}), **results["nodes"]}}
+
+
+def key(result: dict[str, Any]) -> tuple[str, int, str]:
+    """What a row is of."""
+    return result["model"], result["batch"], result["backend"]
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def names(known: Any) -> Any:
+        def read(text: str) -> list[str]:
+            chosen = text.split(",")
+            if unknown := set(chosen) - set(known):
+                parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
+            return chosen
+
+        return read
+
+    parser.add_argument("--models", type=names(CASES), default=list(CASES))
+    parser.add_argument("--backends", type=names(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--batches", type=lambda text: [int(one) for one in text.split(",")], default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--docs", action="store_true", help="render the tables of --json into the pages, measure nothing"
+    )
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.docs and options.json is None:
+        parser.error("--docs renders the file that --json names")
+    return options
+
+
+def main() -> None:
+    """Measure, print, write; or render."""
+    options = parsed()
+    if options.one:
+        print(json.dumps(one(options)))
+        return
+    before = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    if options.docs:
+        for page in PAGES:
+            (ROOT / page).write_text(fill((ROOT / page).read_text(), before))
+        return
+    results = measure_all(options)
     if options.json:
-        arguments = f"--rounds {options.rounds} --processes {options.processes}"
-        facts = {
-            "command": f"python benchmarks/token_reduction.py {arguments}",
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, shared, no GPU",
-            "versions": {
-                "torch": torch.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "python": platform.python_version(),
-            },
-            "runs": runs,
-        }
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        options.json.write_text(json.dumps(merged(results, before, options), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What `token_reduction.py` measures: the cases, the variants in every back end, and the tables of its results."""
