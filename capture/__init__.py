@@ -33,7 +33,7 @@ def capture(
     """
     from torch.export import ExportedProgram
 
-    from .analysis import analyse, without_full_masks
+    from .analysis import analyse, without_tables
     from .canonical import canonicalise
     from .decoder import as_prefill
     from .export import export_module
@@ -45,6 +45,4 @@ def capture(
     if not isinstance(program, ExportedProgram):
         program = as_prefill(program, name)
         program = export_module(program, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=name)
-    graph = analyse(canonicalise(program), name)
-    without_full_masks(graph.program, graph.sites)
-    return graph
+    return without_tables(analyse(canonicalise(program), name))

@@ -10,11 +10,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ..errors import NoAttention, NoTokenStream, TamisError, WindowedAttention
-from ..graph import Site, TokenGraph
+from ..graph import Mask, Site, TokenGraph
 from .identity import structure_hash
 from .masks import ancestors
 from .prefix import find_grid, find_prefix
-from .sites import SDPA, find_sites
+from .sites import SDPA, attention_argument, find_sites, set_attention_argument
 from .stream import find_layers, same
 
 aten = torch.ops.aten
@@ -44,22 +44,27 @@ def analyse(program: ExportedProgram, name: str = "model") -> TokenGraph:
     return replace(graph, prefix=prefix, class_token=class_token, grid=find_grid(start, prefix))
 
 
-def without_full_masks(program: ExportedProgram, sites: tuple[Site, ...]) -> bool:
-    """Drop, in place, masks that hide nothing at any length; whether there were any."""
-    changed = False
-    for site in sites:
-        node = next(n for n in program.graph.nodes if n.name == site.node)
-        has_mask = len(node.args) > 3 and node.args[3] is not None
-        if has_mask and site.mask.kind == "full":
-            node.update_arg(3, None)
-            changed = True
-        elif site.mask.kind == "full" and node.kwargs.get("attn_mask") is not None:
-            node.update_kwarg("attn_mask", None)
-            changed = True
-    if changed:
-        program.graph.eliminate_dead_code()
-        program.graph_module.recompile()
-    return changed
+def without_tables(graph: TokenGraph) -> TokenGraph:
+    """The graph without masks that need no table: those that hide nothing, and causal ones, which a flag says.
+
+    The program is changed in place.
+    """
+    sites = tuple(_without_table(graph.node(site.node), site) for site in graph.sites)
+    if sites == graph.sites:
+        return graph
+    graph.graph.eliminate_dead_code()
+    graph.program.graph_module.recompile()
+    return replace(graph, sites=sites)
+
+
+def _without_table(node: fx.Node, site: Site) -> Site:
+    is_causal = site.mask.kind == "causal" and not site.mask.padded
+    if attention_argument(node, "mask") is None or not (is_causal or site.mask.kind == "full"):
+        return site
+    set_attention_argument(node, "mask", None)
+    if is_causal:
+        set_attention_argument(node, "causal", True)
+    return replace(site, mask=Mask(), causal=site.causal or is_causal)
 
 
 def _node(graph: TokenGraph, name: str | None) -> fx.Node:
@@ -110,4 +115,4 @@ def _regrouped_by(attention: fx.Node, program: ExportedProgram) -> fx.Node | Non
     return None
 
 
-__all__ = ["SDPA", "analyse", "without_full_masks"]
+__all__ = ["SDPA", "analyse", "without_tables"]

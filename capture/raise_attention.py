@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..kernels.attention import ATTENTION
+
 aten = torch.ops.aten
 Mask = tuple[str, Any, Any]  # ("add", None, bias) or ("fill" / "keep", condition, value at hidden / other keys)
 
@@ -20,7 +22,7 @@ PASSED_ON = {"aten.to", "aten._to_copy", "aten.type_as", "aten.clone", "aten.con
 
 @dataclass
 class Match:
-    """One attention: softmax(q @ keys * scale, then `masks` from the inside out) @ v, ending in the node `out`."""
+    """One attention: softmax(q @ keys * scale, capped, then `masks` from the inside out) @ v, ending in `out`."""
 
     q: fx.Node
     k: fx.Node
@@ -28,6 +30,7 @@ class Match:
     v: fx.Node
     out: fx.Node
     scale: float
+    softcap: float | None = None  # the logits x are softcap * tanh(x / softcap)
     masks: list[Mask] = field(default_factory=list)
 
 
@@ -39,8 +42,9 @@ def raise_attention(graph: fx.Graph) -> list[fx.Node]:
     """Raise every written-out attention of the graph, in place; dead nodes are left to dead code elimination.
 
     The pattern is softmax over the last axis of `q @ k^T` of 4-D q and k (one head axis), with any of: scaling of q,
-    k or the logits by numbers; masks and biases added, filled in or selected; casts around the softmax; `@ v`.  The
-    probabilities must have no other use.  The node has `attn_mask` (additive, in q's dtype; boolean masks are made
+    k or the logits by numbers; a soft cap (tanh); masks and biases added, filled in or selected; casts around the
+    softmax; `@ v`.  The probabilities must have no other use.  The node is scaled_dot_product_attention, or with a soft
+    cap tamis.attention.  It has `attn_mask` (additive, in q's dtype; boolean masks are made
     additive with the model's own negative value, so that rows without any key stay finite) and `scale`.
 
     Returns the new nodes.  See `find_near_misses` for those that do not fit.
@@ -83,7 +87,7 @@ def _match(softmax: fx.Node) -> Match | None:
     if dims != 4:
         raise NearMiss(f"its logits have {dims} axes, not 4 (batch, heads, queries, keys)")
     _require_unused(softmax, out)
-    product, masks, scale = _logits(softmax.args[0])
+    product, masks, scale, softcap = _logits(softmax.args[0])
     q, q_scale = _scaled(product.args[0])
     k, transposed, k_scale = _keys(product.args[1])
     v = out.args[1]
@@ -91,7 +95,7 @@ def _match(softmax: fx.Node) -> Match | None:
         raise NearMiss("queries, keys and values have different types")
     if any(_value(x).ndim != 4 for x in (q, k, v)):
         raise NearMiss("queries, keys and values do not all have 4 axes")
-    return Match(q, k, transposed, v, out, scale * q_scale * k_scale, masks)
+    return Match(q, k, transposed, v, out, scale * q_scale * k_scale, softcap, masks)
 
 
 def _product(softmax: fx.Node) -> fx.Node | None:
@@ -113,25 +117,28 @@ def _require_unused(softmax: fx.Node, out: fx.Node) -> None:
         node = next(iter(node.users))
 
 
-def _logits(node: Any) -> tuple[fx.Node, list[Mask], float]:
-    """Walk from the softmax's input to `q @ k^T`; masks come back from the inside out."""
+def _logits(node: Any) -> tuple[fx.Node, list[Mask], float, float | None]:
+    """Walk from the softmax's input to `q @ k^T`: it, masks from the inside out, scale and soft cap."""
     masks: list[Mask] = []
-    scale, scaled = 1.0, ""
+    scale, scaled, softcap = 1.0, "", None
     while _op(node) not in MATMULS:
         factor = _factor(node)
         if factor is not None:
             scale, scaled = scale * factor, node.name
             node = node.args[0]
         elif (mask := _mask(node)) is not None:
-            if scaled:
-                raise NearMiss(f"the logits are scaled (at {scaled}) after a mask was applied (at {node.name})")
+            if scaled or softcap is not None:
+                how = f"scaled (at {scaled})" if scaled else "capped"
+                raise NearMiss(f"the logits are {how} after a mask was applied (at {node.name})")
             node, addition = mask
             masks.insert(0, addition)
         elif _op(node) in PASSED_ON:
             node = node.args[0]
+        elif _op(node) == "aten.tanh" and softcap is None and scale > 0:
+            softcap, scale, scaled, node = scale, 1.0, "", node.args[0]
         else:
             raise NearMiss(f"{_name(node)} stands between the product of queries and keys and the softmax")
-    return node, masks, scale
+    return node, masks, scale * (softcap or 1.0), softcap
 
 
 def _mask(node: Any) -> tuple[fx.Node, Mask] | None:
@@ -171,7 +178,7 @@ def _leads_to_product(node: Any) -> bool:
             return True
         if _op(node) in {"aten.add", "aten.where"}:
             return any(_leads_to_product(a) for a in node.args)
-        if _op(node) not in {"aten.mul", "aten.div", "aten.masked_fill", *PASSED_ON}:
+        if _op(node) not in {"aten.mul", "aten.div", "aten.masked_fill", "aten.tanh", *PASSED_ON}:
             return False
         node = node.args[0]
     return False
@@ -224,12 +231,19 @@ def _emit(graph: fx.Graph, match: Match) -> fx.Node:
     with graph.inserting_before(match.out):
         mask = _additive(graph, match)
         k = _call(graph, match, aten.transpose.int, (match.k, -2, -1)) if match.transposed else match.k
-        kwargs: dict[str, Any] = {"scale": match.scale} if mask is None else {"attn_mask": mask, "scale": match.scale}
-        op = aten.scaled_dot_product_attention.default
-        node = graph.create_node("call_function", op, (match.q, k, match.v), kwargs, "scaled_dot_product_attention")
+        if match.softcap is None:
+            kwargs = {"scale": match.scale} if mask is None else {"attn_mask": mask, "scale": match.scale}
+            node = _named(graph, aten.scaled_dot_product_attention.default, (match.q, k, match.v), kwargs)
+        else:
+            args = (match.q, k, match.v, None, mask, match.scale, False, match.softcap)
+            node = _named(graph, ATTENTION.call, args, {})
     node.meta = copy.copy(match.out.meta)
     match.out.replace_all_uses_with(node)
     return node
+
+
+def _named(graph: fx.Graph, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    return graph.create_node("call_function", op, args, kwargs, op._schema.name.split("::")[1])
 
 
 def _additive(graph: fx.Graph, match: Match) -> fx.Node | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import op_name
+from .sites import NAMES, SDPA
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 COPIES = {"expand", "unsqueeze", "reshape", "view", "_unsafe_view", "flatten", "clone", "contiguous", "repeat"}
 COPIES |= {"repeat_interleave", "index_select"}
 
@@ -26,11 +26,12 @@ def share_heads(graph: fx.Graph) -> None:
     key-value head h // (H / Hk).  Keys and values are changed together or not at all.
     """
     for node in graph.nodes:
-        if node.target is SDPA:
+        if node.target in NAMES:
             k, v = map(_unrepeated, node.args[1:3])
             if k is not None and v is not None and k.meta["val"].shape[1] == v.meta["val"].shape[1]:
                 node.args = (node.args[0], k, v, *node.args[3:])
-                node.update_kwarg("enable_gqa", True)
+                if node.target is SDPA:  # ours shares heads without being told
+                    node.update_kwarg("enable_gqa", True)
 
 
 def _unrepeated(repeated: fx.Node) -> fx.Node | None:

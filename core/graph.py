@@ -64,6 +64,7 @@ class Site:
     module: str  # path of the module in the user's model
     source: str  # "file:line" in the user's model, "" when unknown
     reason: str = ""  # why the role is not "stream"
+    softcap: float | None = None  # logits x are softcap * tanh(x / softcap) before the mask is added
     k_before_rope: str = ""
     rope_axes: tuple[int, ...] = (0, 1, 2, 3)
 
@@ -117,6 +118,11 @@ class TokenGraph:
     grid: tuple[int, int] | None = None
     name: str = "model"
     source_hash: str = ""
+
+    @property
+    def hides_later(self) -> bool:
+        """Whether some attention of the stream is causal."""
+        return any(self.sites[layer.site].hides_later for layer in self.layers)
 
     @property
     def graph(self) -> fx.Graph:

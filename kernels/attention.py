@@ -1,6 +1,7 @@
 """attention: scaled dot-product attention with a bias per key (its log-sum-exp: attention_lse).
 
-    L[b, h, i, j] = scale * q_i . k_j + key_bias[b, j] + mask[b, h, i, j];   A = softmax_j(L);   out = A v
+    L[b, h, i, j] = cap(scale * q_i . k_j) + key_bias[b, j] + mask[b, h, i, j];   A = softmax_j(L);   out = A v
+    cap(x) = softcap * tanh(x / softcap), or x without a soft cap
 
 q         [B, H, N, D]     float
 k, v      [B, Hk, M, D]    float    Hk divides H; head h reads key head h // (H / Hk)
@@ -8,11 +9,12 @@ key_bias  [B, M]           float32  added to every query's logits: log of token 
 mask      [., ., N, M]     broadcast to [B, H, N, M]: bool (true: seen) or float (added)
 scale     float
 causal    bool             query i sees keys j <= i, counted from the first
+softcap   float            bound of the logits (Gemma 2), > 0; None: they have none
 ->        [B, H, N, D] as q
 
 One call of torch's scaled_dot_product_attention (with its precision), which gets the bias as a [B, 1, 1, M] mask, never
-N x N unless `mask` or `causal` is.  A query that sees no key at all: unspecified, except that other queries are not
-touched.  Raises nothing of its own.
+N x N unless `mask` or `causal` is; with a soft cap, which that function does not know, the logits are.  A query that
+sees no key at all: unspecified, except that other queries are not touched.  Raises nothing of its own.
 Source: methods 0.7 and 1.4 (i).
 """
 
@@ -35,9 +37,18 @@ MaybeTensor = Tensor | None
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: MaybeTensor,
+    mask: MaybeTensor,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
 ) -> Tensor:
     """See the module."""
+    if softcap is not None:
+        return _capped(q, k, v, added_to_logits(q, k, key_bias, mask, causal), scale, softcap)
     bias = added_to_logits(q, k, key_bias, mask, causal and not (key_bias is None and mask is None))
     return scaled_dot_product_attention(
         q,
@@ -48,6 +59,14 @@ def reference(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, bias: MaybeTensor, scale: float, softcap: float) -> Tensor:
+    logits = torch.tanh(grouped_logits(q, k, scale) / softcap) * softcap
+    weights = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(-1)
+    batch, heads, rows, keys = weights.shape
+    grouped = weights.reshape(batch, v.shape[1], heads // v.shape[1] * rows, keys)
+    return (grouped @ v.to(weights.dtype)).reshape(batch, heads, rows, v.shape[3]).to(q.dtype)
 
 
 def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -74,9 +93,7 @@ def added_to_logits(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTens
     return torch.where(seen, q.new_zeros(()) if bias is None else bias, -torch.inf)
 
 
-def fake(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
-) -> Tensor:
+def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     """Shape rule."""
     return torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
 
@@ -126,6 +143,27 @@ def AttentionMasked(q, k, v, key_bias, mask, scale: float, causal: int):
     return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
 
 
+@script(TAMIS, default_opset=op)
+def AttentionCapped(q, k, v, key_bias, mask, scale: float, causal: int, softcap: float):
+    queries = op.Cast(q, to=1) * (scale / softcap)
+    heads = op.Shape(k, start=1, end=2)
+    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
+    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
+    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
+    capped = op.Tanh(op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)) * softcap
+    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
+    biased = op.Reshape(capped, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
+    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
+    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
+    lowest = op.Constant(value_float=float("-inf"))
+    logits = op.Where(hidden, lowest, biased + op.Cast(mask, to=1))
+    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
+    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
+    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
+    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+
+
 def as_added(mask: MaybeTensor) -> Any:
     """A mask as ONNX functions take it: float, added to the logits; [0] for none."""
     if mask is None:
@@ -134,10 +172,20 @@ def as_added(mask: MaybeTensor) -> Any:
 
 
 def onnx(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: MaybeTensor,
+    mask: MaybeTensor,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
 ) -> OnnxCall:
-    """Calls Attention, AttentionGrouped where heads share keys, or AttentionMasked with a mask or causality."""
+    """Calls Attention, or -Grouped where heads share keys, -Masked with a mask or causality, -Capped with a cap."""
     bias = [0] if key_bias is None else key_bias
+    if softcap is not None:
+        attributes = {"scale": scale, "causal": int(causal), "softcap": softcap}
+        return OnnxCall(AttentionCapped, [q, k, v, bias, as_added(mask)], attributes)
     if mask is None and not causal:
         plain = Attention if q.shape[1] == k.shape[1] else AttentionGrouped
         return OnnxCall(plain, [q, k, v, bias], {"scale": scale})
@@ -169,12 +217,16 @@ def samples() -> Iterator[tuple[Any, ...]]:
         yield q, k, v, None, None, 0.25, True
         yield q, k, v, bias, None, 0.25, True
         yield q.half(), k.half(), v.half(), bias, None, 0.25, False
+        yield q, k, v, None, None, 0.25, True, 1.5
+        yield q, k, v, bias, seen, 0.25, False, 1.5
+        yield q.half(), k.half(), v.half(), bias, added, 0.25, True, 1.5
 
 
 ATTENTION = define_op(
     Op(
         name="attention",
-        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? mask, float scale, bool causal) -> Tensor",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? mask, float scale, bool causal, "
+        "float? softcap=None) -> Tensor",
         reference=reference,
         fake=fake,
         onnx=onnx,

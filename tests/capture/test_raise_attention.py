@@ -93,6 +93,18 @@ def test_raised(name: str) -> None:
     assert find_near_misses(graph) == []
 
 
+@pytest.mark.parametrize(
+    ("attend", "scale", "softcap"),
+    [
+        (lambda q, k, v: torch.tanh(q @ k.mT).softmax(-1) @ v, 1.0, 1.0),
+        (lambda q, k, v: (torch.tanh(q @ k.mT * 0.5 / 3) * 3 + BIAS).softmax(-1) @ v, 0.5, 3.0),
+    ],
+)
+def test_a_soft_cap_is_raised(attend: Callable[..., Tensor], scale: float, softcap: float) -> None:
+    (node,) = (n for n in captured(attend).nodes if n.target is torch.ops.tamis.attention.default)
+    assert [node.args[i] for i in (5, 7)] == [pytest.approx(scale), softcap]
+
+
 def test_a_row_without_any_key_is_finite() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nothing = torch.ones(5, 5, dtype=torch.bool)
@@ -135,7 +147,14 @@ MISSED: dict[str, tuple[Callable[..., Any], str]] = {
         "its logits have 3 axes, not 4 (batch, heads, queries, keys)",
     ),
     "learned scale": (lambda q, k, v: (q @ k.mT * TABLE).softmax(-1) @ v, "stands between the product"),
-    "soft cap": (lambda q, k, v: torch.tanh(q @ k.mT).softmax(-1) @ v, "(aten.tanh) stands between the product"),
+    "capped after a mask": (
+        lambda q, k, v: torch.tanh((q @ k.mT).masked_fill(hidden(), -1e9)).softmax(-1) @ v,
+        "the logits are capped after a mask was applied",
+    ),
+    "capped twice": (
+        lambda q, k, v: torch.tanh(torch.tanh(q @ k.mT)).softmax(-1) @ v,
+        "(aten.tanh) stands between the product",
+    ),
     "filled with zero": (
         lambda q, k, v: (q @ k.mT).masked_fill(hidden(), 0.0).softmax(-1) @ v,
         "hidden logits are set to 0.0, which does not hide them",
