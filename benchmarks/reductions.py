@@ -1,0 +1,81 @@
+"""What the accuracy tables compare: every registered token reduction at several amounts, and the control beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from tamis.counts import CountRule
+from tamis.passes.methods.random_drop import RandomDrop
+from tamis.passes.reduction import TokenReduction
+from tamis.registry import origin_of, registered_passes
+from tamis.rewrite import Pipeline
+from tamis.runtime.api import Options, Prepared, build
+
+KEEP_RATIOS = (0.9, 0.7, 0.5)
+FLOPS = (0.8, 0.6, 0.4)  # of the dense model's
+Compiled = Any
+
+
+def methods() -> list[type[TokenReduction]]:
+    """Tamis's own token reductions, by name; a new one appears by itself."""
+    known = registered_passes().values()
+    return [cls for cls in known if issubclass(cls, TokenReduction) and origin_of(cls) == "tamis"]
+
+
+def compiled(prepared: Prepared, method: TokenReduction) -> Compiled:
+    """The captured model rewritten by one method, with a report on tokens and FLOPs; raises TamisError."""
+    return build(prepared, Pipeline((method,)), Options(), verify=False)
+
+
+def flops_share(model: Compiled) -> float:
+    """FLOPs of a result over those of its original."""
+    return model.report.flops_after / model.report.flops_before
+
+
+def drawn(method: TokenReduction, seed: int) -> TokenReduction:
+    """The method with another seed, if it has one."""
+    has_seed = any(f.name == "seed" for f in dataclasses.fields(method))
+    return dataclasses.replace(method, seed=seed) if has_seed else method
+
+
+def control_of(method: TokenReduction, seed: int) -> RandomDrop:
+    """Random drop at the places of `method` that leaves as many tokens at each; a fused token counts as one."""
+
+    class EqualCounts(RandomDrop):
+        where = method.where
+        limit = method.limit
+
+        def selected(self, layers: int) -> list[int]:
+            return method.selected(layers)
+
+        def rule(self, layer: int, layers: int, prefix: int) -> CountRule:
+            rule = method.rule(layer, layers, prefix)
+            return CountRule(rule.prefix, tuple((a, b - rule.added * c, c) for a, b, c in rule.terms))
+
+    return EqualCounts(r=1, seed=seed)  # its own r is never asked for
+
+
+def levels(make: Callable[[float], TokenReduction], prepared: Prepared) -> dict[str, tuple[TokenReduction, Compiled]]:
+    """Title -> a method and its compiled model, at the keep ratios and at the FLOPs to compare at.
+
+    make  a method from its keep ratio
+    """
+    at = functools.cache(lambda hundredths: compiled(prepared, make(hundredths / 100)))
+    chosen = {f"keep ratio {ratio}": round(100 * ratio) for ratio in KEEP_RATIOS}
+    for target in FLOPS:
+        chosen[f"{target:.0%} of the FLOPs"] = _nearest(lambda hundredths: flops_share(at(hundredths)), target)
+    return {title: (make(hundredths / 100), at(hundredths)) for title, hundredths in chosen.items()}
+
+
+def _nearest(share: Callable[[int], float], target: float) -> int:
+    """The keep ratio in hundredths whose share of the FLOPs is nearest to the target; shares grow with the ratio."""
+    low, high, shares = 1, 100, {100: 1.0, 1: 0.0}  # the ends are not asked: one is known, the other never the answer
+    while high - low > 1:
+        inside = (target - shares[low]) / (shares[high] - shares[low])
+        middle = min(high - 1, max(low + 1, round(low + inside * (high - low))))
+        shares[middle] = share(middle)
+        low, high = (middle, high) if shares[middle] <= target else (low, middle)
+    return min((low, high), key=lambda hundredths: abs(shares[hundredths] - target))
