@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CorruptModel, ExampleInputsMissing, ModelNotFound, PickleRefused, UnknownModelFormat
+from ..errors import (
+    CorruptModel,
+    ExampleInputsMissing,
+    ModelNotFound,
+    PickleRefused,
+    UnknownModelFormat,
+    UnknownModelName,
+)
 
 LENGTH = 16  # tokens of the example text
 BATCH = 2
@@ -23,7 +30,7 @@ def load_hf(name: str, transformers: ModuleType) -> tuple[nn.Module, dict[str, T
     is fetched when `name` is a directory or HF_HUB_OFFLINE is set.
 
     Raises:
-        ModelNotFound: no such model in the cache or on the hub.
+        UnknownModelName: no such model in the cache or on the hub.
         PickleRefused: its weights are only there as a pickle.
         UnknownModelFormat: its class is not part of transformers.
         CorruptModel: config or weights cannot be read.
@@ -71,7 +78,7 @@ def _explained(name: str, is_local: bool, error: Exception) -> Exception:
         return PickleRefused(path=f"hf:{name}", member="pytorch_model.bin", reason="only safetensors are read")
     if isinstance(error, OSError) and not is_local:
         hint = "give a directory with config.json and model.safetensors, or an id that is in the cache or on the hub."
-        return ModelNotFound(path=f"hf:{name}", hint=hint)
+        return UnknownModelName(path=f"hf:{name}", reason="no such model in the local cache or on the hub", hint=hint)
     reason = f"{type(error).__name__}: {text[:160]}".rstrip(".")
     return CorruptModel(path=name, kind="a Hugging Face model", reason=reason)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from ..errors import MissingDependency, ModelNotFound, UnknownModelFormat
+from ..errors import MissingDependency, UnknownModelFormat, UnknownModelName
 from .factory import call_factory
 from .paths import ACCEPTED, Spec, check_exists
 from .safe_pt2 import load_program
@@ -52,7 +52,7 @@ def resolve(spec: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) 
         args, kwargs: example inputs; used instead of those that come with the model.
 
     Raises:
-        ModelNotFound, UnknownModelFormat: nothing there, or nothing that can be read.
+        ModelNotFound, UnknownModelName, UnknownModelFormat: nothing there, or nothing that can be read.
         MissingDependency: timm or transformers is needed and not installed.
         FactoryFailed: the user's function failed or returned something else.
         CorruptModel, PickleRefused, UnsafeProgram, UntrustedNativeCode: see `safe_pt2.load_program` and `hf`.
@@ -105,7 +105,7 @@ def _timm(spec: Spec) -> Source:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names."
-        raise ModelNotFound(path=f"timm:{name}", hint=hint)
+        raise UnknownModelName(path=f"timm:{name}", reason="timm has no model of this name", hint=hint)
     weights = _cached_weights(timm, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # noqa: TID251 - forked: timm draws its weights from the global generator

@@ -47,6 +47,10 @@ class ModelNotFound(TamisError):
     exit_code = 2
 
 
+class UnknownModelName(ModelNotFound):
+    template = "{path}: {reason}.\n  hint: {hint}"
+
+
 class UnknownModelFormat(TamisError):
     template = "{path}: do not know how to read this as a model.\n  hint: give {accepted}."
     exit_code = 2
@@ -243,9 +247,9 @@ class PositionRead(TamisError):
 
 class TokenAxisUnsupported(TamisError):
     template = (
-        "{where}: node {node} ({op}) needs every token in its place, but {method} at layer {layer} dropped some for "
-        "good (shape was {before}, is {after}): {reason}.\n"
-        "  hint: use a merging pass (tome), which can be undone before this node, or other layers."
+        "{where}: node {node} ({op}) needs every token in its place, but {method} at layer {layer} {lost} (shape was "
+        "{before}, is {after}): {reason}.\n"
+        "  hint: {hint}"
     )
     exit_code = 2
 

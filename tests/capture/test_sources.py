@@ -22,6 +22,7 @@ from tamis.errors import (
     ModelNotFound,
     PickleRefused,
     UnknownModelFormat,
+    UnknownModelName,
 )
 
 
@@ -91,7 +92,8 @@ def test_timm_uses_cached_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_timm_unknown() -> None:
     with pytest.raises(
-        ModelNotFound, match=r"timm:vit_smal_patch16_224: no such.*\n  hint: did you mean vit_small_patch16_224"
+        UnknownModelName,
+        match=r"timm:vit_smal_patch16_224: timm has no model.*\n  hint: did you mean vit_small_patch16",
     ):
         resolve("timm:vit_smal_patch16_224")
 
@@ -167,7 +169,7 @@ def test_hf_damage(bert_dir: Path) -> None:
 def test_hf_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        ModelNotFound, match=r"hf:nobody/nothing: no such file or directory.\n  hint: give a directory with"
+        UnknownModelName, match=r"hf:nobody/nothing: no such model in the local cache or on the hub.\n  hint: give a"
     ):
         resolve("hf:nobody/nothing")
 
