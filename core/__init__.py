@@ -16,6 +16,7 @@ _PUBLIC = {
     "compile": "runtime.api",
     "load": "runtime.api",
     "CompiledModel": "runtime.compiled",
+    "Recipe": "runtime.recipe",
     "TokenGraph": "graph",
     "Tokens": "tokens",
     "Plan": "tokens",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .runtime.api import compile as compile
     from .runtime.api import load as load
     from .runtime.compiled import CompiledModel as CompiledModel
+    from .runtime.recipe import Recipe as Recipe
     from .schedule import Schedule as Schedule
     from .target import Target as Target
     from .tokens import Plan as Plan

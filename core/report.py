@@ -43,7 +43,8 @@ class Benchmark:
     """Original against result, timed in turn (A B A B).  Times in milliseconds per call, medians over the rounds.
 
     speedup  median over rounds of original time / result time;  low, high: the smallest and largest of these ratios
-    shapes   the inputs, as text;  device, mode: where and how both were run
+    shapes   the inputs, as text
+    device   where both were run;  mode: by what (eager, a mode of torch.compile, ONNX Runtime)
     """
 
     speedup: float
@@ -94,7 +95,7 @@ class Report:
     flops_after: int | None = None
     skipped_sites: tuple[dict[str, Any], ...] = ()
     drift: Drift | None = None
-    benchmark: Benchmark | None = None
+    benchmarks: tuple[Benchmark, ...] = ()
     notes: tuple[str, ...] = ()
     artifacts: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -131,8 +132,7 @@ class Report:
         values["layers"] = tuple(LayerRow(**row) for row in values.get("layers", ()))
         if values.get("drift"):
             values["drift"] = Drift(**_floats(values["drift"], ("relative_l2", "cosine")))
-        if values.get("benchmark"):
-            values["benchmark"] = Benchmark(**values["benchmark"])
+        values["benchmarks"] = tuple(Benchmark(**one) for one in values.get("benchmarks", ()))
         return Report(**values)
 
     def __str__(self) -> str:
@@ -149,7 +149,7 @@ class Report:
     def remarks(self) -> list[str]:
         """Drift, speed, skipped places and notes, one line each."""
         lines = [f"drift: {self.drift}"] if self.drift else []
-        lines += [f"speed: {self.benchmark}"] if self.benchmark else []
+        lines += [f"speed: {benchmark}" for benchmark in self.benchmarks]
         lines += [f"skipped: {reason}" for reason in self._skips()]
         lines += [f"note: {note}" for note in self.notes]
         return lines + [f"wrote {artifact['path']}" for artifact in self.artifacts]
@@ -164,21 +164,30 @@ class Report:
         texts = [f"{name} at layer {', '.join(at)}: {reason}" for (name, reason), at in places.items()]
         return texts + [f"site {s['index']} ({s['node']}): {s['reason']}" for s in self.skipped_sites]
 
-    def _table(self) -> list[str]:
+    def table(self) -> list[tuple[str, ...]]:
+        """The ledger as text, headings first; [] without a stream.
+
+        Measured tokens are shown where a run differed from the prediction, the only time they say something new.
+        """
         if not self.layers:
             return []
-        rows = [HEADINGS, *map(cells, self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+        surprising = any(row.measured not in (None, row.tokens_in) for row in self.layers)
+        return [tuple(_headings(surprising)), *(tuple(_cells(row, surprising)) for row in self.layers)]
+
+    def _table(self) -> list[str]:
+        rows = self.table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-HEADINGS = ("layer", "tokens in", "out", "measured", "FLOPs before", "after")
+def _headings(with_measured: bool) -> list[str]:
+    return ["layer", "tokens in", "out", *["measured in"] * with_measured, "FLOPs before", "after"]
 
 
-def cells(row: LayerRow) -> tuple[str, ...]:
-    """One row of the table under HEADINGS, as text."""
-    counts = ("?" if count is None else str(count) for count in (row.tokens_in, row.tokens_out, row.measured))
-    return (str(row.layer), *counts, flops_text(row.flops_before), flops_text(row.flops_after))
+def _cells(row: LayerRow, with_measured: bool) -> list[str]:
+    counts = [row.tokens_in, row.tokens_out, *[row.measured] * with_measured]
+    shown = ("?" if count is None else str(count) for count in counts)
+    return [str(row.layer), *shown, flops_text(row.flops_before), flops_text(row.flops_after)]
 
 
 def outcome_dict(outcome: Outcome) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def neighbours_importable(path: Path) -> Iterator[None]:
 
 def told(error: BaseException, path: Path) -> str:
     """`ValueError: text (line 3)`, the last line that is the user's file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text.rstrip('.')}" + (f" (line {line})" if line else "")

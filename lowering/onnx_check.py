@@ -43,7 +43,7 @@ def check_onnx(
         BackendMismatch: an output differs by more than the budget, or in shape.
     """
     name = shown or str(path)
-    session = _session(path, name)
+    session = open_session(path, name)
     call = reference.module() if isinstance(reference, torch.export.ExportedProgram) else reference
     worst = 0.0
     for one in inputs:
@@ -62,21 +62,32 @@ def check_onnx(
     return worst
 
 
-def _session(path: str | os.PathLike[str], name: str) -> Any:
+def open_session(path: str | os.PathLike[str], shown: str, *, threads: int = 0) -> Any:
+    """The file in ONNX Runtime on the CPU; `shown` is what errors call it, threads=0 leaves them to ONNX Runtime.
+
+    Raises:
+        MissingDependency, BackendCannotRun.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingDependency(what="running the ONNX file", package="onnxruntime", install="tamis[cpu]") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    with _explained(path, name):
+    options.intra_op_num_threads = threads
+    with _explained(path, shown):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _run(path: str | os.PathLike[str], session: Any, given: list[Any], name: str) -> list[Tensor]:
     with _explained(path, name):
-        feeds = {one.name: _as_numpy(value) for one, value in zip(session.get_inputs(), given, strict=True)}
-        return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+        return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds(session, given))]
+
+
+def feeds(session: Any, values: Iterable[Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """The session's inputs by name, from the flat inputs of a call; those that are None have no place in the file."""
+    given = [value for value in values if value is not None]
+    return {one.name: _as_numpy(value) for one, value in zip(session.get_inputs(), given, strict=True)}
 
 
 @contextlib.contextmanager

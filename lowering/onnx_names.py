@@ -12,25 +12,40 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 
-def output_names(program: ExportedProgram) -> list[str]:
+def output_names(program: ExportedProgram, *, token_map: bool = False) -> list[str]:
     """A name for every output tensor: its path in the result (`last_hidden_state`), else `output_0`...
 
+    Keys and values of layer 3 in `past_key_values` are `present.3.key` and `present.3.value`, as runtimes expect them.
     Outputs that are None have no value in the file and no name here.
+
+    token_map  the program returns (outputs, token_map): the outputs keep the names they have without it
     """
-    paths = _paths(program.call_spec.out_spec)
-    names = ["_".join(path) for path in paths]
+    spec = program.call_spec.out_spec
+    paths = [*_paths(_children(spec)[0]), ("token_map",)] if token_map else [*_paths(spec)]
+    names = [_joined(path) for path in paths]
     names = [f"output_{name}" if re.fullmatch(r"[\d_]+", name) else name or "output_0" for name in names]
     values = program.graph.output_node().args[0][-len(names) :]  # type: ignore[index]
     return [name for name, value in zip(names, values, strict=True) if value is not None]
+
+
+def _joined(path: tuple[str, ...]) -> str:
+    match path:
+        case ("past_key_values", layer, "0" | "1" as place):
+            return f"present.{layer}.{'value' if int(place) else 'key'}"
+    return "_".join(path)
 
 
 def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
     if spec.is_leaf():
         yield ()
         return
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    children = _children(spec)
     for key, child in zip(_keys(spec, len(children)), children, strict=True):
         yield from ((key, *path) for path in _paths(child))
+
+
+def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    return spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
 
 
 def _keys(spec: pytree.TreeSpec, count: int) -> Sequence[str]:

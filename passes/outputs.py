@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from .stream_state import StreamState
 from .token_axes import Axes
@@ -35,20 +35,8 @@ def token_map(state: StreamState | None, hidden: Any, valid: torch.Tensor | None
 
 def with_token_map(program: ExportedProgram) -> TreeSpec:
     """The output structure (outputs, token_map)."""
-    spec = program.call_spec.out_spec
-    example = tree_unflatten([None] * spec.num_leaves, spec)
-    leaves, _ = tree_flatten((0, 0))
-    return _pair(spec, tree_flatten(leaves[1])[1], example)
-
-
-def _pair(first: TreeSpec, second: TreeSpec, example: Any) -> TreeSpec:
-    _, spec = tree_flatten((_Leaf(), _Leaf()))
-    del example
-    return TreeSpec(spec.type, spec.context, [first, second])
-
-
-class _Leaf:
-    """Stands for one output in a structure."""
+    _, pair = tree_flatten((0, 0))
+    return TreeSpec(pair.type, pair.context, [program.call_spec.out_spec, tree_flatten(0)[1]])
 
 
 def output_values(node: fx.Node) -> list[Any]:

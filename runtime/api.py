@@ -8,16 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadParameter, ExampleInputsMissing, TamisError, TargetMissing
+from ..errors import (
+    ExampleInputsMissing,
+    TamisError,
+    WrongSourceModel,
+)
 from ..graph import TokenGraph
 from ..report import Report, outcome_dict
 from ..rewrite import Pipeline, Result
 from ..target import Target
 from .compiled import CompiledModel
 from .inputs import Call, describe, example_call
+from .options import Options, plugins_of
 from .recipe import Recipe, versions
 
-MODES = ("default", "reduce-overhead", "max-autotune")
 Step = Callable[[str], None]  # told what starts now
 
 
@@ -26,7 +30,8 @@ def compile(
     args: Any = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
-    passes: Any,
+    passes: Any = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
     target: str | Target = "auto",
     dynamic_shapes: Any = "auto",
     mode: str | None = None,
@@ -42,9 +47,11 @@ def compile(
     Args:
         model: an `nn.Module` in eval mode, an `fx.GraphModule`, an `ExportedProgram`, or text: the path of a `.pt2`
             file, `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`.
-        args: example inputs, positional; batch 1 is as good as any.
+        args: example inputs, positional (a tuple, or one tensor); batch 1 is as good as any.
         kwargs: example inputs by keyword.
         passes: pass objects, or text: `"tome:r=13 + evit:keep_ratio=0.7"`, or a list of either.
+        recipe: passes and options of an earlier run: a `Recipe`, a recipe.yaml, or an `.onnx` or `.pt2` file that tamis
+            made.  What is given here wins.  Another model than the recipe's is refused (see `Recipe.for_any_model`).
         target: "auto" (the device the weights are on), "cpu", "cuda", "cuda:sm_90", "rocm:gfx942".
         dynamic_shapes: "auto" (batch, and length where the model allows) or as in `torch.export.export`.
         mode: None runs eagerly; "default", "reduce-overhead" and "max-autotune" go through Inductor.
@@ -57,9 +64,12 @@ def compile(
     Raises:
         TamisError: the subclass says what is wrong (see `tamis.errors`); NothingChanged when a pass changed nothing.
     """
-    options = Options(target, mode, restore, token_map, allow_noop)
-    pipeline = options.checked(passes)
+    path = "recipe" if isinstance(recipe, Recipe | None) else os.fspath(recipe)
+    recipe = recipe if isinstance(recipe, Recipe | None) else Recipe.read(recipe)
+    options = Options(target, mode, restore, token_map, allow_noop).over(recipe)
+    pipeline = options.checked(passes, recipe, path)
     prepared = prepare(model, args, kwargs, dynamic_shapes)
+    prepared = held_to(recipe, path, prepared, pipeline)
     return build(prepared, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
 
 
@@ -79,40 +89,6 @@ def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledMode
     from .package import load_package
 
     return load_package(os.fspath(path), trusted=trusted)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a result is made, apart from its passes."""
-
-    target: str | Target = "auto"
-    mode: str | None = None
-    restore: bool = True
-    token_map: bool = False
-    allow_noop: bool = False
-
-    def checked(self, passes: Any) -> Pipeline:
-        """Read the passes and check everything that can be checked before work starts."""
-        if str(self.target) != "auto":
-            _require_device(Target.parse(self.target))
-        if self.mode is not None and self.mode not in MODES:
-            hint = "as in torch.compile; None (no --mode) runs eagerly."
-            raise BadParameter(
-                where="compile", name="mode", rule=f"one of {', '.join(MODES)}", got=repr(self.mode), hint=hint
-            )
-        pipeline = Pipeline.parse(passes)
-        if not pipeline.passes:
-            raise BadParameter(
-                where="compile", name="passes", rule="given", got="none", hint='for example "tome:r=13".'
-            )
-        return pipeline
-
-    def changed(self) -> dict[str, Any]:
-        """Those that differ from the default, for the recipe."""
-        values = {"target": str(self.target), "mode": self.mode, "restore": self.restore, "token_map": self.token_map}
-        values["allow_noop"] = self.allow_noop
-        defaults = {"target": "auto", "mode": None, "restore": True, "token_map": False, "allow_noop": False}
-        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 @dataclass(frozen=True)
@@ -136,6 +112,7 @@ def prepare(
     from ..capture import capture
     from ..capture.sources import resolve
 
+    args = args if isinstance(args, tuple | list | Mapping) else (args,)
     source = resolve(model, args, kwargs)
     step(f"capturing {source.name}")
     graph = capture(source.model, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=source.name)
@@ -144,6 +121,25 @@ def prepare(
         hint = "pass them as args=(tensor, ...), or save the program with its example inputs."
         raise ExampleInputsMissing(model=graph.name, hint=hint)
     return Prepared(graph, call, source.directory, source.note)
+
+
+def held_to(
+    recipe: Recipe | None, path: str, prepared: Prepared, pipeline: Pipeline, *, any_model: bool = False
+) -> Prepared:
+    """The model, with notes on what differs from the recipe's run; raises WrongSourceModel unless `any_model`."""
+    if recipe is None:
+        return prepared
+    notes = [prepared.note] if prepared.note else []
+    try:
+        recipe.check_source(prepared.graph, path)
+    except WrongSourceModel as error:
+        if not any_model:
+            raise
+        notes.append(f"{path} was made for another model{error.model}")
+    for name, origin in plugins_of(pipeline).items():
+        if recipe.plugins.get(name, origin) != origin:
+            notes.append(f"{path} was made with {name} of {recipe.plugins[name]}; here it comes from {origin}")
+    return replace(prepared, note="; ".join(notes))
 
 
 def build(
@@ -156,6 +152,8 @@ def build(
     step: Step = lambda text: None,
 ) -> CompiledModel:
     """Rewrite a captured model, lower it, and report on it."""
+    from ..capture.identity import weights_hash
+
     graph, call = prepared.graph, prepared.call
     step(f"rewriting: {pipeline}")
     result = pipeline.run(
@@ -169,8 +167,10 @@ def build(
         passes=tuple(map(str, pipeline.passes)),
         model=source,
         options=options.changed(),
+        plugins=plugins_of(pipeline),
         versions=versions(),
         source_hash=graph.source_hash,
+        weights_hash=weights_hash(graph.program),
     )
     step("lowering")
     compiled = CompiledModel(
@@ -241,13 +241,6 @@ def _verified(report: Report, compiled: CompiledModel) -> Report:
         return report.with_changes(drift=compiled.verify(*args, **kwargs))
     except Exception as error:
         return report.with_changes(notes=(*report.notes, f"not compared with the original: {first_line(error)}"))
-
-
-def _require_device(target: Target) -> None:
-    import torch
-
-    if target.device != "cpu" and not torch.cuda.is_available():
-        raise TargetMissing(target=target)
 
 
 def _target(target: str | Target, graph: TokenGraph) -> Target:

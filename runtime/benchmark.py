@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from ..report import Benchmark
 
@@ -21,7 +24,7 @@ def benchmark(
     repeats: int = 7,
     shapes: str,
     device: torch.device | str = "cpu",
-    mode: str | None = None,
+    mode: str,
 ) -> Benchmark:
     """Time two calls alternately after a warm-up and give the median of the rounds' ratios.
 
@@ -34,7 +37,7 @@ def benchmark(
         repeats: rounds, 1 or more.
         shapes: inputs as text, for the line it prints.
         device: where both run; CUDA is synchronised around each round.
-        mode: how both were lowered, for the line it prints.
+        mode: by what both are run, for the line it prints.
     """
     device = torch.device(device)
     calls = _calls_per_round(original, device)
@@ -55,7 +58,35 @@ def benchmark(
         rounds=len(ratios),
         shapes=shapes,
         device=name,
-        mode=mode or "eager",
+        mode=mode,
+    )
+
+
+def benchmark_onnx(
+    original: ExportedProgram, path: str | os.PathLike[str], inputs: Sequence[Any], *, repeats: int = 7, shapes: str
+) -> Benchmark:
+    """Time an ONNX file against the original exported alike, both in ONNX Runtime on the CPU with torch's threads.
+
+    Args:
+        original: the captured program before any rewrite; its file is written to a temporary directory.
+        path: the result's file.
+        inputs: the flat inputs of one call.
+        repeats, shapes: as for `benchmark`.
+    """
+    from ..lowering.onnx import export_onnx
+    from ..lowering.onnx_check import feeds, open_session
+
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        dense = export_onnx(original, os.path.join(folder, "original.onnx"))
+        before, after = (open_session(file, str(file), threads=threads) for file in (dense, path))
+    given = feeds(after, inputs)
+    return benchmark(
+        lambda: before.run(None, given),
+        lambda: after.run(None, given),
+        repeats=repeats,
+        shapes=shapes,
+        mode="ONNX Runtime",
     )
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import TamisError
-from ..graph import Site, TokenGraph
-from ..registry import registered_passes
-from ..rewrite import Pass, Pipeline
+from ..graph import Layer, Site, TokenGraph
+from ..registry import origin_of, registered_passes
+from ..rewrite import Outcome, Pass, Pipeline
 from .inputs import Call, describe
 
 TRIES: tuple[dict[str, Any], ...] = ({}, {"r": 1}, {"keep_ratio": 0.9})  # the first that a pass accepts is tried
+Step = Callable[[str], None]
 
 
 def list_passes() -> list[dict[str, Any]]:
-    """Name, family, first line of the docstring and parameters with their defaults of every registered pass."""
+    """Name, family, origin, first line of the docstring and parameters with defaults of every registered pass."""
     return [
         {
             "name": name,
             "family": cls.family,
+            "origin": origin_of(cls),
             "doc": (inspect.getdoc(cls) or "").split("\n")[0],
             "parameters": {f.name: _default_text(f) for f in dataclasses.fields(cls)},
         }
@@ -29,12 +31,13 @@ def list_passes() -> list[dict[str, Any]]:
     ]
 
 
-def check_model(graph: TokenGraph, call: Call, step: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def check_model(graph: TokenGraph, call: Call, step: Step = lambda text: None) -> dict[str, Any]:
     """Sites, stream, and for every registered pass where it would apply and where not and why.  Writes nothing.
 
-    A pass is tried with its default parameters, or r=1, or keep_ratio=0.9, whichever it accepts first.
+    A pass is tried with its default parameters, or r=1, or keep_ratio=0.9, whichever it accepts first.  Its `places`
+    say of every attention site of the model what the pass would do there.
     """
-    layer_of = {layer.site: layer.index for layer in graph.layers}
+    layer_of = {layer.site: layer for layer in graph.layers}
     checked = []
     for name, cls in registered_passes().items():
         step(f"trying {name}")
@@ -43,58 +46,133 @@ def check_model(graph: TokenGraph, call: Call, step: Callable[[str], None] = lam
         "name": graph.name,
         "source_hash": graph.source_hash,
         "summary": _summary(graph),
+        "refused": "",
         "inputs": describe(graph.program, call),
         "prefix": graph.prefix,
         "class_token": graph.class_token,
         "grid": graph.grid,
-        "sites": [_site(site, layer_of) for site in graph.sites],
+        "sites": [_site(site, layer_of.get(site.index)) for site in graph.sites],
         "passes": checked,
     }
 
 
+def refused_model(name: str, error: TamisError) -> dict[str, Any]:
+    """The answer for a model that has no tokens to reduce: the same keys, and why in `refused`."""
+    reason = "the model has no stream of tokens to reduce"
+    passes = [{**_answer(one), "reason": reason} for one in registered_passes()]
+    known = {"source_hash": "", "inputs": {}, "prefix": 0, "class_token": False, "grid": None, "sites": []}
+    summary = "no pass applies"
+    return {"name": name, "summary": summary, "refused": str(error), **known, "passes": passes}
+
+
 def _summary(graph: TokenGraph) -> str:
-    parts = [f"{len(graph.sites)} attention sites", f"{len(graph.layers)} layers in the token stream"]
-    parts += [f"{graph.prefix} prefix tokens"] if graph.prefix else []
+    parts = [_count(len(graph.sites), "attention site"), f"{_count(len(graph.layers), 'layer')} in the token stream"]
+    parts += [_count(graph.prefix, "prefix token")] if graph.prefix else []
     parts += ["class token"] if graph.class_token else []
     parts += [f"grid {graph.grid[0]} x {graph.grid[1]}"] if graph.grid else []
     return ", ".join(parts)
 
 
-def _site(site: Site, layer_of: dict[int, int]) -> dict[str, Any]:
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _site(site: Site, layer: Layer | None) -> dict[str, Any]:
+    grouped = f"{site.heads} / {site.kv_heads}" if site.kv_heads != site.heads else f"{site.heads}"
     return {
         "site": site.index,
         "node": site.node,
         "module": site.module,
         "role": site.role,
-        "heads": f"{site.heads} x {site.head_dim}",
-        "mask": "causal" if site.causal else site.mask.kind,
-        "layer": layer_of.get(site.index, ""),
-        "reason": site.reason,
+        "heads": f"{grouped} x {site.head_dim}",
+        "mask": _mask(site),
+        "layer": "" if layer is None else layer.index,
+        "cuts": "" if layer is None else ", ".join(_cuts(layer)),
+        "rope": "yes" if site.k_before_rope else "",
+        "reason": site.reason or "; ".join(() if layer is None else layer.notes),
     }
 
 
+def _mask(site: Site) -> str:
+    """What hides keys at a site: `full` for nothing, `causal + padding`, `window 64 before, 64 after`, `bias`..."""
+    mask = site.mask
+    window = mask.kind
+    if mask.window is not None:
+        before, after = ("all" if size is None else size for size in mask.window)
+        window = f"window {before} before, {after} after"
+    parts = [window, *["causal"] * site.hides_later, *["padding"] * mask.padded]
+    return " + ".join(part for part in dict.fromkeys(parts) if part != "full") or "full"
+
+
+def _cuts(layer: Layer) -> list[str]:
+    return [w.replace("_", " ") for w in ("before_attention", "after_attention", "after_block") if layer.cut(w)]
+
+
+def _answer(name: str) -> dict[str, Any]:
+    return {"name": name, "applies": False, "tried": "", "layers": "", "reason": "", "places": []}
+
+
 def _try(name: str, cls: type[Pass], graph: TokenGraph) -> dict[str, Any]:
-    answer = {"name": name, "applies": False, "tried": "", "layers": "", "reason": ""}
+    answer = _answer(name)
     one = _with_defaults(cls)
     if one is None:
-        return {**answer, "reason": "it has parameters without a default; name them with --pass"}
+        reason = "it has parameters without a default; name them with --pass"
+        return {**answer, "reason": reason, "places": _places(graph, (), reason)}
     answer["tried"] = str(one)
+    reason, outcomes = _run(one, graph)
+    if reason:
+        return {**answer, "reason": reason, "places": _places(graph, (), reason)}
+    applied = [str(o.layer) for o in outcomes if o.applied]
+    places = _places(graph, outcomes, "the pass does not choose this layer by default; layers=[...] does")
+    return {
+        **answer,
+        "applies": bool(applied),
+        "layers": ", ".join(applied),
+        "reason": _grouped(places, outcomes),
+        "places": places,
+    }
+
+
+def _run(one: Pass, graph: TokenGraph) -> tuple[str, tuple[Outcome, ...]]:
+    """Why the pass cannot be run at all, or its outcomes."""
     reason = one.why_not(graph)
     if reason:
-        return {**answer, "reason": _one_line(reason)}
+        return _one_line(reason), ()
     try:
-        outcomes = Pipeline((one,)).run(graph, allow_noop=True).outcomes
+        return "", Pipeline((one,)).run(graph, allow_noop=True).outcomes
     except TamisError as error:
-        return {**answer, "reason": _one_line(str(error))}
+        return _one_line(str(error)), ()
     except Exception as error:  # one broken pass (a plug-in's, say) must not hide the answers for the others
-        return {**answer, "reason": f"it failed: {type(error).__name__}: {_one_line(str(error))}"}
-    applied = [str(o.layer) for o in outcomes if o.applied]
-    skipped: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        if not outcome.applied:
-            skipped.setdefault(outcome.reason, []).append(str(outcome.layer))
-    reasons = "; ".join(f"layer {', '.join(at)}: {why}" for why, at in skipped.items())
-    return {**answer, "applies": bool(applied), "layers": ", ".join(applied), "reason": reasons}
+        return f"it failed: {type(error).__name__}: {_one_line(str(error))}", ()
+
+
+def _places(graph: TokenGraph, outcomes: Sequence[Outcome], otherwise: str) -> list[dict[str, Any]]:
+    """For every site: whether the pass applies there, with the token counts, and why not.
+
+    `otherwise` is the reason at sites of the stream of which no outcome speaks.
+    """
+    layer_of = {layer.site: layer.index for layer in graph.layers}
+    by_layer = {outcome.layer: outcome for outcome in outcomes}
+    places = []
+    for site in graph.sites:
+        layer = layer_of.get(site.index)
+        outcome = by_layer.get(layer) if layer is not None else None
+        reason = outcome.reason if outcome else site.reason if layer is None else otherwise
+        applies = bool(outcome and outcome.applied)
+        counts = [str(c) for c in (outcome.before, outcome.after)] if outcome and applies else ["", ""]
+        places.append({"site": site.index, "layer": layer, "applies": applies, "reason": _one_line(reason)})
+        places[-1] |= {"tokens_in": counts[0], "tokens_out": counts[1]}
+    return places
+
+
+def _grouped(places: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> str:
+    """Reasons with the layers they hold for, each once; those of the whole model as they are."""
+    found: dict[str, list[str]] = {}
+    for place in places:
+        if not place["applies"] and place["layer"] is not None:
+            found.setdefault(place["reason"], []).append(str(place["layer"]))
+    whole = [o.reason for o in outcomes if o.layer is None and not o.applied]
+    return "; ".join([*whole, *(f"layer {', '.join(at)}: {why}" for why, at in found.items())])
 
 
 def _with_defaults(cls: type[Pass]) -> Pass | None:

@@ -11,10 +11,12 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import TamisError
+from .options import MODES
 
 DESCRIPTION = "Rewrite a transformer so that it computes on fewer tokens, check it, and write it down."
 EPILOG = """\
@@ -29,7 +31,8 @@ examples:
 exit codes:
   0  done                   3  a pass changed nothing (nothing is written)
   1  failed                 4  the drift is over --max-drift (nothing is written)
-  2  wrong usage or input   5  --bench found it slower than the original (the result is kept)
+  2  wrong usage or input,  5  --bench found it slower than the original (the result is kept)
+     or a model that has no tokens to reduce
 """
 
 
@@ -56,7 +59,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--pass", dest="passes", action="append", metavar="NAME:ARGS", help="a pass; repeat it to chain passes"
     )
-    p.add_argument("-c", "--config", metavar="FILE", help="replay a recipe.yaml; options given here win")
+    p.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="replay a recipe: recipe.yaml, or an .onnx or .pt2 file that tamis made; options given here win",
+    )
+    p.add_argument("--allow-other-model", action="store_true", help="replay a recipe on a model it was not made for")
+    p.add_argument(
+        "--plugin", action="append", metavar="FILE.py", help="run a Python file that registers passes; may be repeated"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace existing files")
     p.add_argument("--version", action="version", version=f"optimize-model {__version__}")
     _add_questions(p.add_argument_group("questions, which write nothing"))
@@ -68,14 +80,16 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_questions(group: Any) -> None:
     group.add_argument("--check", action="store_true", help="what is in the model, and where each pass would apply")
-    group.add_argument("--list-passes", action="store_true", help="all passes and their parameters")
+    group.add_argument(
+        "--list-passes", action="store_true", help="all passes, their parameters and where they come from"
+    )
+    group.add_argument("--show-recipe", metavar="FILE", help="the recipe in an .onnx or .pt2 file, as YAML")
 
 
 def _add_result(group: Any) -> None:
     # None tells an option that was not given from one that was: those given win over the recipe's.
-    modes = ("default", "reduce-overhead", "max-autotune")
     group.add_argument("--target", help="auto, cpu, cuda, cuda:sm_90, rocm:gfx942 (default auto)")
-    group.add_argument("--mode", choices=modes, help="run through Inductor; the default is eager")
+    group.add_argument("--mode", choices=MODES, help="run through Inductor; the default is eager")
     group.add_argument("--inline", action="store_true", default=None, help="ONNX without functions")
     group.add_argument(
         "--no-restore",
@@ -141,17 +155,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Everything that can be refused without torch is refused here."""
-    from .request import Request
+    from .request import Request, check_plugins
 
+    if options.show_recipe:
+        return _show_recipe(options)
     if options.list_passes:
+        plugins = [Path(one) for one in options.plugin or ()]
+        check_plugins(plugins)
         from .command import show_passes
 
-        return show_passes(options.json)
+        return show_passes(plugins, options.json)
     request = Request.of(options)
     request.check_paths()
     from .command import run
 
     return run(request)
+
+
+def _show_recipe(options: argparse.Namespace) -> int:
+    from .recipe import Recipe
+
+    recipe = Recipe.read(options.show_recipe)
+    print(recipe.to_json() if options.json else recipe.to_yaml().rstrip())
+    return 0
 
 
 def _check_usage(options: argparse.Namespace) -> None:
@@ -160,13 +186,16 @@ def _check_usage(options: argparse.Namespace) -> None:
     if options.input and options.model:
         raise WrongUsage(problem="the model is given twice, as INPUT and with --model", hint="give it once.")
     options.input = options.input or options.model
-    if not (options.list_passes or options.input or options.config):
+    asks = options.list_passes or options.show_recipe
+    if not (asks or options.input or options.config):
         raise WrongUsage(problem="no model was given", hint="optimize-model INPUT --pass NAME:ARGS, or --help.")
     if options.report and not options.report.endswith(".json"):
         raise WrongUsage(problem=f"--report {options.report}: only JSON is written", hint="end the name in .json.")
     if options.quiet and options.verbose:
         raise WrongUsage(problem="--quiet and --verbose exclude each other", hint="give one of them.")
-    if not (options.list_passes or options.check or options.passes or options.config):
+    if options.allow_other_model and not options.config:
+        raise WrongUsage(problem="--allow-other-model without a recipe", hint="name one with --config.")
+    if not (asks or options.check or options.passes or options.config or options.allow_noop):
         from ..capture.paths import check_exists
 
         check_exists(options.input)  # a wrong path is the more likely mistake

@@ -7,25 +7,30 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DriftTooLarge, SlowerThanOriginal
-from .api import Options, build, prepare
+from ..errors import DriftTooLarge, NoAttention, NoTokenStream, SlowerThanOriginal
+from ..plugins import load_plugin
+from ..report import Benchmark
+from .api import Options, build, held_to, prepare
 from .compiled import CompiledModel
-from .files import copy_companions, whole_directory, write_text
+from .files import copy_companions, stem_of, whole_directory, write_text
 from .progress import Progress
 from .request import Request
 
 
-def show_passes(as_json: bool) -> int:
-    """`--list-passes`."""
+def show_passes(plugins: Iterable[Path], as_json: bool) -> int:
+    """`--list-passes`, those of the named plug-in files included."""
     from .check import list_passes
     from .render import print_passes
 
-    passes = list_passes()
+    with _logging():
+        for path in plugins:
+            load_plugin(path)
+        passes = list_passes()
     if as_json:
         print(json.dumps(passes, indent=2))
     else:
@@ -35,6 +40,8 @@ def show_passes(as_json: bool) -> int:
 
 def run(request: Request) -> int:
     """Do what was asked; returns the exit code, or raises a TamisError, which has one."""
+    for path in request.plugins:
+        load_plugin(path)
     if request.check:
         with _at_work(request) as step:
             found = _check(request, step)
@@ -43,7 +50,8 @@ def run(request: Request) -> int:
     with _at_work(request) as step:
         compiled = _optimize(request, step)
     _print_report(compiled, request.json)
-    benchmark = compiled.report.benchmark
+    # the last one is of the artifact itself where that is an ONNX file
+    benchmark = compiled.report.benchmarks[-1] if compiled.report.benchmarks else None
     if benchmark is not None and benchmark.speedup < 1:
         hint = "the result was kept; try more tokens removed, larger batches or longer inputs, or another mode."
         shapes, speedup = benchmark.shapes, benchmark.speedup
@@ -52,21 +60,24 @@ def run(request: Request) -> int:
 
 
 def _check(request: Request, step: Progress) -> dict[str, Any]:
-    from .check import check_model
+    from .check import check_model, refused_model
 
     step(f"loading {request.model}")
-    prepared = prepare(request.model, step=step)
+    try:
+        prepared = prepare(request.model, step=step)
+    except (NoAttention, NoTokenStream) as error:  # an answer to the question, not a failure to answer it
+        return refused_model(stem_of(request.model), error)
     return check_model(prepared.graph, prepared.call, step)
 
 
 def _optimize(request: Request, step: Progress) -> CompiledModel:
     asked = request.options
     options = Options(asked["target"], asked["mode"], asked["restore"], asked["token_map"], asked["allow_noop"])
-    pipeline = options.checked(list(request.passes))
+    recipe = request.recipe
+    pipeline = options.checked(list(request.passes) or None, recipe, request.config)
     step(f"loading {request.model}")
     prepared = prepare(request.model, step=step)
-    if request.recipe is not None:
-        request.recipe.check_source(prepared.graph.source_hash, request.config)
+    prepared = held_to(recipe, request.config, prepared, pipeline, any_model=request.any_model)
     compiled = build(prepared, pipeline, options, verify=request.verify is None, source=request.model, step=step)
     if asked["inline"]:
         compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, "inline": True})
@@ -76,7 +87,7 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
     _hold_to_budget(compiled, request)
     if request.bench:
         step("timing it against the original")
-        compiled.report = compiled.report.with_changes(benchmark=compiled.benchmark())
+        _note_benchmark(compiled, compiled.benchmark())
     _write(compiled, request, prepared.directory, step)
     return compiled
 
@@ -102,24 +113,35 @@ def _hold_to_budget(compiled: CompiledModel, request: Request) -> None:
 
 
 def _write(compiled: CompiledModel, request: Request, directory: Any, step: Progress) -> None:
-    output, inline, overwrite = request.output, request.options["inline"], request.overwrite
+    output, overwrite = request.output, request.overwrite
     step(f"writing {output.path}")
-    artifact = {"path": str(output.path), "kind": output.kind}
     if output.kind == "pt2":
-        _note_artifact(compiled, artifact)
         compiled.save(output.path, overwrite=overwrite)
+        _note_artifact(compiled, {"path": str(output.path), "kind": output.kind})
     elif output.kind == "onnx":
-        compiled.export(output.path, inline=inline, overwrite=overwrite)
-        _note_artifact(compiled, {**artifact, "checked": "ONNX Runtime agrees with torch at other sizes"})
+        _export(compiled, output.path, request, step)
     else:
         with whole_directory(output.path) as content:
-            compiled.export(content / "model.onnx", inline=inline)
-            _note_artifact(compiled, {**artifact, "checked": "ONNX Runtime agrees with torch at other sizes"})
-            (content / "recipe.yaml").write_text(compiled.recipe.to_yaml(), encoding="utf-8")
+            _export(compiled, content / "model.onnx", request, step)
+            compiled.recipe.write(content / "recipe.yaml")
             (content / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
             copy_companions(directory, content)
     if request.report:
         write_text(Path(request.report), compiled.report.to_json() + "\n", overwrite)
+
+
+def _export(compiled: CompiledModel, path: Path, request: Request, step: Progress) -> None:
+    """Write an ONNX file, which is checked on the way, and time it if that was asked for."""
+    compiled.export(path, inline=request.options["inline"], overwrite=request.overwrite)
+    checked = "ONNX Runtime agrees with torch at other sizes"
+    _note_artifact(compiled, {"path": str(request.output.path), "kind": request.output.kind, "checked": checked})
+    if request.bench:
+        step("timing the ONNX file against the original's")
+        _note_benchmark(compiled, compiled.benchmark_onnx(path))
+
+
+def _note_benchmark(compiled: CompiledModel, benchmark: Benchmark) -> None:
+    compiled.report = compiled.report.with_changes(benchmarks=(*compiled.report.benchmarks, benchmark))
 
 
 def _note_artifact(compiled: CompiledModel, artifact: dict[str, Any]) -> None:
@@ -146,7 +168,7 @@ def _print_report(compiled: CompiledModel, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _at_work(request: Request) -> Iterator[Progress]:
-    with _stdout_for_the_result(), _logging(request), Progress(8, quiet=request.quiet) as step:
+    with _stdout_for_the_result(), _logging(request.quiet, request.verbose), Progress(8, quiet=request.quiet) as step:
         yield step
 
 
@@ -158,9 +180,9 @@ def _stdout_for_the_result() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logging(request: Request) -> Iterator[None]:
+def _logging(quiet: bool = False, verbose: int = 0) -> Iterator[None]:
     """Warnings of ours always, of others with -v; -v shows our progress, -vv debugging."""
-    level = logging.ERROR if request.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(request.verbose, 2)]
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     log = logging.getLogger("tamis")
@@ -170,7 +192,7 @@ def _logging(request: Request) -> Iterator[None]:
     log.propagate = False
     try:
         with warnings.catch_warnings():
-            if not request.verbose:
+            if not verbose:
                 warnings.simplefilter("ignore")
             yield
     finally:

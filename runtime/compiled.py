@@ -78,13 +78,24 @@ class CompiledModel(nn.Module):
         original = self._original("verify")
         call = self._call(args, kwargs)
         with torch.no_grad():
-            before = _called(self._lowered("original", original), call, original.name)
+            before = self.run_original(*call[0], **call[1])
             after = _called(self._lowered("result", self.graph), call, original.name)
         after = after[0] if self.token_map else after
         mask = mask_of(original.program, call)
         if mask is None:
             return drift(before, after)
         return drift(before, after, mask[1], token_axes_of(original.program, mask[0]))
+
+    def run_original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns for these inputs; example inputs when there are none.
+
+        Raises:
+            OriginalMissing: the model was loaded from a file.
+            InputMismatch: the original does not run on these inputs.
+        """
+        original = self._original("run_original")
+        with torch.no_grad():
+            return _called(self._lowered("original", original), self._call(args, kwargs), original.name, own=True)
 
     def benchmark(self, *args: Any, repeats: int = 7, **kwargs: Any) -> Benchmark:
         """Time original against result on these inputs, A B A B; example inputs when there are none.
@@ -99,16 +110,31 @@ class CompiledModel(nn.Module):
         original = self._original("benchmark")
         call = self._call(args, kwargs)
         before, after = self._lowered("original", original), self._lowered("result", self.graph)
-        shapes = ", ".join(f"{name} {shape}" for name, shape in describe(original.program, call).items())
         with torch.no_grad():
+            self.run_original(*call[0], **call[1])  # inputs that do not fit are said so
             return benchmark(
                 lambda: before(*call[0], **call[1]),
                 lambda: after(*call[0], **call[1]),
                 repeats=repeats,
-                shapes=shapes,
+                shapes=_shapes(original, call),
                 device=self.device,
-                mode=self.mode,
+                mode=self.mode or "eager",
             )
+
+    def benchmark_onnx(self, path: str | os.PathLike[str], *args: Any, repeats: int = 7, **kwargs: Any) -> Benchmark:
+        """Time the ONNX file that `export` wrote against the original exported alike, both in ONNX Runtime on the CPU.
+
+        Exporting the original takes as long as exporting the result did.
+
+        Raises:
+            OriginalMissing: the model was loaded from a file.
+        """
+        from .benchmark import benchmark_onnx
+
+        original = self._original("benchmark")
+        call = self._call(args, kwargs)
+        leaves = pytree.tree_leaves(call)
+        return benchmark_onnx(original.program, path, leaves, repeats=repeats, shapes=_shapes(original, call))
 
     def export(
         self, path: str | os.PathLike[str], *, inline: bool = False, overwrite: bool = False, check: bool = True
@@ -201,16 +227,32 @@ class CompiledModel(nn.Module):
         return self
 
 
-def _called(module: Any, call: Any, name: str) -> Any:
-    """Call a program; sizes that its guards refuse are the caller's mistake, and said so."""
+def _called(module: Any, call: Any, name: str, *, own: bool = False) -> Any:
+    """Call a program; sizes that its guards refuse are the caller's mistake, and said so.
+
+    own  it is the user's own model: whatever it raises is because of the inputs
+    """
     try:
         return module(*call[0], **call[1])
-    except AssertionError as error:
-        rule = str(error).partition("Guard failed: ")[2]
-        if not rule:
+    except Exception as error:
+        rule = str(error).partition("Guard failed: ")[2] if isinstance(error, AssertionError) else ""
+        if rule:
+            hint = (
+                "only batch and sequence length may differ from the example inputs, and length up to the model's limit."
+            )
+            fields = {"rule": f"inputs must satisfy {rule}", "got": "other sizes", "hint": hint}
+        elif own:
+            text = (str(error).splitlines() or [""])[0].rstrip(".")
+            hint = "check token ids against the vocabulary, and sizes and dtypes against what the model takes."
+            got = f"{type(error).__name__}: {text}"
+            fields = {"rule": "the original model must run on these inputs", "got": got, "hint": hint}
+        else:
             raise
-        hint = "only batch and sequence length may differ from the example inputs, and length up to the model's limit."
-        raise InputMismatch(where=name, rule=f"inputs must satisfy {rule}", got="other sizes", hint=hint) from error
+        raise InputMismatch(where=name, **fields) from error
+
+
+def _shapes(original: TokenGraph, call: Call) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in describe(original.program, call).items())
 
 
 def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CorruptModel, ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
+from ..errors import ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
 from ..graph import TokenGraph
 from ..report import Report
 from ..target import Target
+from .embedded import EXTRA, RECIPE, read_extra
 from .files import check_file, whole
 from .inputs import example_call, other_sizes
 from .recipe import Recipe
+from .verify import real_tokens_of
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
 
-EXTRA = "tamis.json"
 BUDGETS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative L2, ONNX Runtime against torch
 
 
@@ -30,13 +30,16 @@ def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
     """Write program, recipe and report; see `CompiledModel.save`."""
     extra = {
         "recipe": model.recipe.to_dict(),
-        "report": model.report.to_dict(),
+        # where it was written and how fast it ran are no part of it: one recipe makes one file
+        "report": model.report.with_changes(artifacts=(), benchmarks=()).to_dict(),
         "name": model.graph.name,
         "token_map": model.token_map,
     }
     with whole(Path(path), overwrite) as temporary:
+        draft = temporary.with_name("model.pt2")  # the file's name becomes part of its content
         try:
-            torch.export.save(model.graph.program, temporary, extra_files={EXTRA: json.dumps(extra)})
+            torch.export.save(_reproducible(model.graph.program), draft, extra_files={EXTRA: json.dumps(extra)})
+            draft.rename(temporary)
         except Exception as error:
             hint = "save the recipe instead, and compile again where the model is needed."
             raise ExportFailed(
@@ -57,7 +60,7 @@ def load_package(path: str, *, trusted: bool) -> CompiledModel:
             raise
         accepted = "what CompiledModel.save wrote; AOTInductor packages cannot be loaded yet"
         raise UnknownModelFormat(path=path, accepted=accepted) from error
-    extra = _read_extra(path)
+    extra = read_extra(path)
     recipe = Recipe.from_dict(extra["recipe"], path)
     call = example_call(program)
     return CompiledModel(
@@ -77,13 +80,15 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
     from ..lowering.callables import lower
     from ..lowering.onnx import export_onnx
     from ..lowering.onnx_check import check_onnx
+    from ..lowering.onnx_names import output_names
 
     program = model.graph.program
-    metadata = {"tamis.recipe": model.recipe.to_json(), "tamis.version": model.recipe.versions.get("tamis", "")}
+    metadata = {RECIPE: model.recipe.to_json(), "tamis.version": model.recipe.versions.get("tamis", "")}
 
     def hold_against_torch(draft: Path) -> None:
         calls = other_sizes(program, model.example_call) or [model.example_call]
-        check_onnx(draft, lower(program, model.target), calls, budget_of(program), shown=path)
+        reference, compared = lower(program, model.target), real_tokens_of(program)
+        check_onnx(draft, reference, calls, budget_of(program), compared=compared, shown=path)
 
     check_file(Path(path), overwrite)
     try:
@@ -92,12 +97,15 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
             path,
             inline=inline,
             metadata=metadata,
+            output_names=output_names(program, token_map=model.token_map),
             overwrite=overwrite,
             check=hold_against_torch if check else None,
         )
     except TamisError:
         raise
     except Exception as error:
+        if model.original is not None:
+            model.run_original()  # raises InputMismatch when the example inputs are to blame
         hint = "save it as .pt2 instead, or report the model and the recipe."
         raise ExportFailed(path=path, kind="ONNX", reason=_first_line(error), hint=hint) from error
     return path
@@ -116,17 +124,11 @@ def moved(graph: TokenGraph, device: torch.device) -> TokenGraph:
     return replace(graph, program=move_to_device_pass(copy.deepcopy(graph.program), device))
 
 
-def _read_extra(path: str) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = next((name for name in archive.namelist() if name.endswith(f"extra/{EXTRA}")), None)
-            if member is None:
-                kind, reason = "a model saved by tamis", "it holds no recipe; tamis.compile takes plain programs"
-                raise CorruptModel(path=path, kind=kind, reason=reason)
-            extra = json.loads(archive.read(member))
-            return {**extra, "name": str(extra["name"]), "recipe": extra["recipe"], "report": extra["report"]}
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise CorruptModel(path=path, kind="a model saved by tamis", reason=_first_line(error)) from error
+def _reproducible(program: Any) -> Any:
+    """The program without the history of its nodes, which holds addresses in memory."""
+    for node in program.graph.nodes:
+        node.meta.pop("from_node", None)
+    return program
 
 
 def _device_of(program: Any) -> Target:

@@ -3,39 +3,51 @@
 model: timm:vit_small_patch16_224
 passes: [tome:r=13]
 options: {restore: true}
+plugins: {largest: largest-methods 0.3}
 versions: {tamis: 0.1.0, torch: 2.11.0}
 source_hash: 3f6c...
+weights_hash: 91d0...
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelNotFound, RecipeInvalid, WrongSourceModel
+from ..errors import CorruptModel, ModelNotFound, PlainProgram, RecipeInvalid, WrongSourceModel
+from ..graph import TokenGraph
+from .embedded import read_extra, recipe_in_onnx
+from .files import write_text
 
 OPTIONS = ("target", "mode", "restore", "token_map", "allow_noop", "inline")
+MAPPINGS = ("options", "plugins", "versions")
+KEYS = ("passes", "model", *MAPPINGS, "source_hash", "weights_hash")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Passes and options as they were asked for, and what they were applied to.
 
-    model        how the model was named (`timm:...`, a path); None for one handed over in Python
-    passes       texts `name:key=value`
-    options      those of OPTIONS that differ from the default
-    versions     of tamis and torch at the time; information, not a condition
-    source_hash  TokenGraph.source_hash of the model; "" accepts any model
+    model         how the model was named (`timm:...`, a path); None for one handed over in Python
+    passes        texts `name:key=value`
+    options       those of OPTIONS that differ from the default
+    plugins       where passes that are not tamis's own came from, by name; never loaded because a recipe says so
+    versions      of tamis and torch at the time; information, not a condition
+    source_hash   TokenGraph.source_hash of the model; "" accepts any graph
+    weights_hash  `capture.identity.weights_hash` of the model; "" accepts any weights
     """
 
     passes: tuple[str, ...]
     model: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     source_hash: str = ""
+    weights_hash: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -51,43 +63,65 @@ class Recipe:
 
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None))
 
-    def check_source(self, source_hash: str, path: str) -> None:
+    def write(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a YAML file; raises OutputExists, OutputNotWritable."""
+        write_text(Path(path), self.to_yaml(), overwrite)
+
+    def for_any_model(self) -> Recipe:
+        """This recipe without the hashes that tie it to one model."""
+        return replace(self, source_hash="", weights_hash="")
+
+    def check_source(self, graph: TokenGraph, path: str) -> None:
         """Raise WrongSourceModel when this recipe was made for another model."""
-        if self.source_hash and self.source_hash != source_hash:
-            raise WrongSourceModel(path=path, expected=_short(self.source_hash), got=_short(source_hash))
+        from ..capture.identity import weights_hash
+
+        if self.source_hash and self.source_hash != graph.source_hash:
+            self._refuse("graph", self.source_hash, graph.source_hash, graph.name, path)
+        if self.weights_hash and self.weights_hash != (got := weights_hash(graph.program)):
+            self._refuse("weights", self.weights_hash, got, graph.name, path)
+
+    def _refuse(self, part: str, expected: str, got: str, name: str, path: str) -> None:
+        model = f" ({self.model})" if self.model else ""
+        then = ", ".join(f"{k} {v}" for k, v in self.versions.items() if versions().get(k) != v)
+        made = f"; it was made with {then}, which may be why" if then else ""
+        fields = {"expected": _short(expected), "got": _short(got), "name": name, "made": made}
+        raise WrongSourceModel(path=path, model=model, part=part, **fields)
 
     @staticmethod
     def from_dict(data: Any, path: str) -> Recipe:
         """Read plain data; raises RecipeInvalid naming `path`."""
         if not isinstance(data, dict):
             raise RecipeInvalid(path=path, reason=f"it holds {_kind(data)}, not a mapping")
-        known = ("passes", "model", "options", "versions", "source_hash")
-        _refuse_unknown(data, known, path, "key")
-        options = data.get("options") or {}
-        if not isinstance(options, dict):
-            raise RecipeInvalid(path=path, reason=f"'options' is {_kind(options)}, not a mapping")
-        _refuse_unknown(options, OPTIONS, path, "option")
+        _refuse_unknown(data, KEYS, path, "key")
+        values = {key: data.get(key) or {} for key in MAPPINGS}
+        for key, value in values.items():
+            if not isinstance(value, dict):
+                raise RecipeInvalid(path=path, reason=f"'{key}' is {_kind(value)}, not a mapping")
+        _refuse_unknown(values["options"], OPTIONS, path, "option")
         return Recipe(
             passes=_pass_texts(data.get("passes"), path),
             model=data.get("model"),
-            options=dict(options),
-            versions={str(k): str(v) for k, v in (data.get("versions") or {}).items()},
+            options=dict(values["options"]),
+            plugins=_texts(values["plugins"]),
+            versions=_texts(values["versions"]),
             source_hash=str(data.get("source_hash") or ""),
+            weights_hash=str(data.get("weights_hash") or ""),
         )
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
-        """Read a YAML or JSON file; raises ModelNotFound or RecipeInvalid."""
-        import yaml
+        """Read a YAML or JSON file, or the recipe inside an artifact: `.onnx`, `.pt2`, or a directory written by tamis.
 
+        Raises:
+            ModelNotFound: there is no such file.
+            RecipeInvalid: it holds no recipe.
+        """
         path = Path(path)
+        path = path / "recipe.yaml" if path.is_dir() else path
         if not path.is_file():
-            raise ModelNotFound(path=path, hint="give the path of a recipe.yaml.")
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeInvalid(path=path, reason=" ".join(str(error).split())) from error
-        return Recipe.from_dict(data, str(path))
+            hint = "give the path of a recipe.yaml, or of an .onnx or .pt2 file that tamis made."
+            raise ModelNotFound(path=path, hint=hint)
+        return Recipe.from_dict(_data_in(path), str(path))
 
 
 def versions() -> dict[str, str]:
@@ -97,6 +131,22 @@ def versions() -> dict[str, str]:
     from .. import __version__
 
     return {"tamis": __version__, "torch": str(torch.__version__)}
+
+
+def _data_in(path: Path) -> Any:
+    import yaml
+
+    if path.suffix == ".onnx":
+        return recipe_in_onnx(path)
+    if path.suffix == ".pt2":
+        try:
+            return read_extra(path)["recipe"]
+        except (CorruptModel, PlainProgram) as error:
+            raise RecipeInvalid(path=path, reason="this .pt2 file was not made by tamis") from error
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeInvalid(path=path, reason=" ".join(str(error).split())) from error
 
 
 def _pass_texts(passes: Any, path: str) -> tuple[str, ...]:
@@ -124,6 +174,10 @@ def _refuse_unknown(data: dict[str, Any], known: tuple[str, ...], path: str, wha
             near = difflib.get_close_matches(str(key), known, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise RecipeInvalid(path=path, reason=f"unknown {what} {key!r} ({advice})")
+
+
+def _texts(values: Mapping[Any, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in values.items()}
 
 
 def _kind(data: Any) -> str:

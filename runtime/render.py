@@ -6,15 +6,15 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from ..report import HEADINGS, Report, cells
+from ..report import Report
 
 
 def print_report(report: Report) -> None:
     """The report on stdout."""
     console = _console()
     console.print(report.headline(), style="bold", markup=False)
-    if report.layers:
-        console.print(_table(HEADINGS, map(cells, report.layers), numbers=True))
+    if rows := report.table():
+        console.print(_table(rows[0], rows[1:], numbers=True))
     for line in report.remarks():
         console.print(line, markup=False)
 
@@ -23,11 +23,17 @@ def print_check(check: dict[str, Any]) -> None:
     """What `--check` found, on stdout."""
     console = _console()
     console.print(f"{check['name']}: {check['summary']}", style="bold", markup=False)
+    if check["refused"]:
+        console.print(check["refused"], markup=False)
+        return
     for name, shape in check["inputs"].items():
         console.print(f"input {name}: {shape}", markup=False)
-    if check["sites"]:
-        names = ("site", "node", "module", "role", "heads", "mask", "layer", "why not in the stream")
-        console.print(_table(names, ([*map(str, row.values())] for row in check["sites"])))
+    headings = {"cuts": "tokens can leave", "rope": "RoPE", "reason": "remark"}
+    sites = check["sites"]
+    shown = [key for key in (sites[0] if sites else ()) if any(site[key] != "" for site in sites)]
+    if shown:
+        names = [headings.get(key, key) for key in shown]
+        console.print(_table(names, ([str(site[key]) for key in shown] for site in sites)))
     rows = ((p["name"], "yes" if p["applies"] else "no", p["tried"], p["layers"], p["reason"]) for p in check["passes"])
     console.print(_table(("pass", "applies", "tried as", "at layers", "why not elsewhere"), rows))
 
@@ -36,7 +42,8 @@ def print_passes(passes: list[dict[str, Any]]) -> None:
     """The registered passes with their parameters, on stdout."""
     console = _console()
     for one in passes:
-        console.print(f"{one['name']}  ({one['family']})", style="bold", markup=False)
+        origin = "" if one["origin"] == "tamis" else f", from {one['origin']}"
+        console.print(f"{one['name']}  ({one['family']}{origin})", style="bold", markup=False)
         console.print(f"    {one['doc']}", markup=False)
         for name, default in one["parameters"].items():
             console.print(f"    {name} = {default}", markup=False)

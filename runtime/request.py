@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import WrongUsage
+from ..errors import ModelNotFound, PluginMissing, WrongUsage
 from .files import Output, check_file
+from .options import DEFAULTS
 from .recipe import Recipe
 
-DEFAULTS = {"target": "auto", "mode": None, "restore": True, "token_map": False, "allow_noop": False, "inline": False}
+ASKED = {**DEFAULTS, "inline": False}  # what a recipe's options are over
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Request:
     """One run of the command, complete."""
 
     model: str
-    passes: tuple[str, ...]
+    passes: tuple[str, ...]  # those given; () leaves them to the recipe
     output: Output
-    options: dict[str, Any]  # the keys of DEFAULTS
+    options: dict[str, Any]  # the keys of ASKED
     recipe: Recipe | None
     config: str
+    plugins: tuple[Path, ...]
+    any_model: bool
     check: bool
     overwrite: bool
     verify: str | None
@@ -38,19 +42,19 @@ class Request:
     def of(given: Namespace) -> Request:
         """Merge the arguments with the recipe: what was given on the command line wins."""
         recipe = Recipe.read(given.config) if given.config else None
-        model = given.input or (recipe.model if recipe else None)
-        if model is None:
-            raise WrongUsage(problem=f"no model was given, and {given.config} names none", hint="give INPUT.")
+        model = given.input or _model_of(recipe, given.config)
         recorded = recipe.options if recipe else {}
-        options = {name: recorded.get(name, default) for name, default in DEFAULTS.items()}
-        options |= {name: getattr(given, name) for name in DEFAULTS if getattr(given, name) is not None}
+        options = {name: recorded.get(name, default) for name, default in ASKED.items()}
+        options |= {name: getattr(given, name) for name in ASKED if getattr(given, name) is not None}
         return Request(
             model=model,
-            passes=tuple(given.passes or (recipe.passes if recipe else ())),
+            passes=tuple(given.passes or ()),
             output=Output.of(given.output, model),
             options=options,
             recipe=recipe,
             config=given.config or "",
+            plugins=tuple(map(Path, given.plugin or ())),
+            any_model=given.allow_other_model,
             check=given.check,
             overwrite=given.overwrite,
             verify=given.verify,
@@ -65,8 +69,8 @@ class Request:
     def check_paths(self) -> None:
         """Refuse a missing model, missing data and outputs in the way, before any work."""
         from ..capture.paths import check_exists
-        from ..errors import ModelNotFound
 
+        check_plugins(self.plugins)
         check_exists(self.model)
         if self.verify and not Path(self.verify).is_file():
             hint = "--verify takes a .npz file with one array per input, or a .npy file."
@@ -75,3 +79,24 @@ class Request:
             self.output.check(self.overwrite)
             if self.report:
                 check_file(self.report, self.overwrite)
+
+
+def check_plugins(paths: Iterable[Path]) -> None:
+    """Raise PluginMissing for a file that is not there."""
+    for path in paths:
+        if not path.is_file():
+            raise PluginMissing(path=path)
+
+
+def _model_of(recipe: Recipe | None, config: str) -> str:
+    """The model that a recipe names, which is where it was when the recipe was made."""
+    from ..capture.paths import check_exists
+
+    if recipe is None or recipe.model is None:
+        raise WrongUsage(problem=f"no model was given, and {config} names none", hint="give INPUT.")
+    try:
+        check_exists(recipe.model)
+    except ModelNotFound as error:
+        hint = f"{config} names it; say with INPUT where the model is now."
+        raise ModelNotFound(path=recipe.model, hint=hint) from error
+    return recipe.model

@@ -13,6 +13,7 @@ import yaml
 from toys import toy_call, toy_graph
 
 import tamis
+from tamis.report import Benchmark
 from tamis.runtime import cli
 from tamis.runtime.compiled import CompiledModel
 
@@ -70,7 +71,7 @@ def test_json_and_pt2(capsys: pytest.CaptureFixture[str], workplace: Path) -> No
     assert result["passes"] == ["scale", "scale:by=1.2"]
     assert result["recipe"]["model"] == "toy.pt2"
     loaded = tamis.load("x.pt2")
-    assert loaded.report.artifacts[0]["path"] == "x.pt2"
+    assert loaded.recipe.to_dict() == result["recipe"]
     _, kwargs = toy_call()
     torch.testing.assert_close(loaded(**kwargs)["logits"], toy_graph(1.2).program.module()(**kwargs)["logits"])
 
@@ -98,10 +99,41 @@ def test_recipes_replay(capsys: pytest.CaptureFixture[str], workplace: Path) -> 
     Path("other.yaml").write_text(text)
     code, _, err = run(capsys, "--config", "other.yaml", "-o", "d.pt2")
     assert code == 2
-    assert (
-        "error: other.yaml: the recipe was made for a model with hash ffffffffffff, this one has abcabcabcabc." in err
-    )
+    assert "error: other.yaml: the recipe was made for another model (toy.pt2): the hash of its graph is ffff" in err
     assert not Path("d.pt2").exists()
+    code, out, _ = run(capsys, "--config", "other.yaml", "-o", "d.pt2", "--allow-other-model")
+    assert (code, "note: other.yaml was made for another model (toy.pt2)" in out) == (0, True)
+    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "--allow-other-model")
+    assert (code, "error: --allow-other-model without a recipe." in err) == (2, True)
+
+
+def test_artifacts_replay_to_the_same_bytes(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    for name in ("a.onnx", "a.pt2"):
+        code, _, err = run(capsys, "toy.pt2", "--pass", "scale:by=1.3", "-o", name, "--token-map", "--no-restore", "-q")
+        assert code == 0, err
+        again = Path("again" + Path(name).suffix)
+        code, _, err = run(capsys, "--config", name, "-o", str(again), "-q")
+        assert code == 0, err
+        assert again.read_bytes() == Path(name).read_bytes()
+
+
+def test_recipes_are_shown(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    assert run(capsys, "toy.pt2", "--pass", "scale:by=1.3", "-o", "a.pt2", "-q")[0] == 0
+    code, out, _ = run(capsys, "--show-recipe", "a.pt2")
+    assert (code, yaml.safe_load(out)) == (0, tamis.load("a.pt2").recipe.to_dict())
+    code, out, _ = run(capsys, "--show-recipe", "a.pt2", "--json")
+    assert (code, json.loads(out)) == (0, tamis.load("a.pt2").recipe.to_dict())
+    code, _, err = run(capsys, "--show-recipe", "toy.pt2")
+    assert (code, "toy.pt2: not a tamis recipe: this .pt2 file was not made by tamis" in err) == (2, True)
+
+
+def test_a_recipe_whose_model_has_moved(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    assert run(capsys, "toy.pt2", "--pass", "scale", "-o", "a.pt2", "-q")[0] == 0
+    Path("toy.pt2").rename("elsewhere.pt2")
+    code, _, err = run(capsys, "--config", "a.pt2", "-o", "b.pt2")
+    assert code == 2
+    assert "toy.pt2: no such file or directory.\n  hint: a.pt2 names it; say with INPUT where the model is now." in err
+    assert run(capsys, "elsewhere.pt2", "--config", "a.pt2", "-o", "b.pt2", "-q")[0] == 0
 
 
 def test_exit_3_nothing_changed(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
@@ -138,19 +170,50 @@ def test_a_budget_that_cannot_be_checked_is_missed(
     assert made(workplace) == []
 
 
+def timed(speedup: float, mode: str) -> Benchmark:
+    """A made-up timing."""
+    return Benchmark(speedup, speedup, speedup, 1.0, 1 / speedup, 7, "ids i64[2, 8]", "cpu x1", mode)
+
+
 def test_exit_5_slower_but_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
-    from tamis.report import Benchmark
-
     for speedup, expected in ((0.5, 5), (2.0, 0)):
-        found = Benchmark(speedup, speedup, speedup, 1.0, 1 / speedup, 7, "ids i64[2, 8]", "cpu x1")
-        monkeypatch.setattr(CompiledModel, "benchmark", lambda self, found=found: found)
+        monkeypatch.setattr(CompiledModel, "benchmark", lambda self, by=speedup: timed(by, "eager"))
         code, out, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--bench", "--overwrite")
         assert code == expected
         assert f"speed: {speedup:.2f}x {'SLOWER' if expected else 'faster'}" in out
         assert ("the result runs at 0.50x of the original's speed at ids i64[2, 8]" in err) == bool(expected)
         assert made(workplace) == ["x.pt2"]
+
+
+@pytest.mark.parametrize(("torch_speed", "onnx_speed", "expected"), [(0.5, 2.0, 0), (2.0, 0.5, 5)])
+def test_an_onnx_artifact_is_timed_itself(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    workplace: Path,
+    torch_speed: float,
+    onnx_speed: float,
+    expected: int,
+) -> None:
+    """Both are reported; what was written decides the exit code."""
+    found: list[Path] = []
+
+    def time_onnx(self: CompiledModel, path: Path) -> Benchmark:
+        found.append(path)
+        assert path.is_file()
+        return timed(onnx_speed, "ONNX Runtime")
+
+    monkeypatch.setattr(CompiledModel, "benchmark", lambda self: timed(torch_speed, "eager"))
+    monkeypatch.setattr(CompiledModel, "benchmark_onnx", time_onnx)
+    code, out, _ = run(capsys, "toy.pt2", "--pass", "scale", "-o", "out/", "--bench", "--json")
+    assert code == expected
+    assert [(one["mode"], one["speedup"]) for one in json.loads(out)["benchmarks"]] == [
+        ("eager", torch_speed),
+        ("ONNX Runtime", onnx_speed),
+    ]
+    report = json.loads(Path("out/report.json").read_text())
+    assert [one["mode"] for one in report["benchmarks"]] == ["eager", "ONNX Runtime"]
 
 
 def test_verify_on_data(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
@@ -182,6 +245,30 @@ def test_data_that_does_not_fit(
     code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data.npz")
     assert (code, f"error: data.npz: {text}" in err) == (2, True), err
     assert made(workplace) == ["data.npz"]
+
+
+def test_data_that_the_original_cannot_run(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    np.savez("data.npz", **arrays(input_ids=np.full((40, 8), 64)))  # the toy knows 64 tokens, 0 to 63
+    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data.npz")
+    assert code == 2
+    assert "error: toy: the original model must run on these inputs, got IndexError: index out of range" in err
+    assert "hint: check token ids against the vocabulary" in err
+    assert made(workplace) == ["data.npz"]
+
+
+def test_examples_that_the_original_cannot_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workplace: Path
+) -> None:
+    """They are no reason to call the export broken."""
+    program = toy_graph().program
+    _, kwargs = program.example_inputs
+    program.example_inputs = ((), {**kwargs, "input_ids": kwargs["input_ids"] + 64})
+    torch.export.save(program, "toy.pt2")
+    code, out, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.onnx")
+    assert code == 2
+    assert "error: toy: the original model must run on these inputs, got IndexError: index out of range" in err
+    code, out, _ = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2")
+    assert (code, "note: not compared with the original: toy: the original model must run on" in out) == (0, True)
 
 
 def test_data_that_needs_pickle(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
@@ -234,7 +321,14 @@ def test_check_writes_nothing(capsys: pytest.CaptureFixture[str], workplace: Pat
     assert "input input_ids: i64[2, 8]" in out
     code, out, _ = run(capsys, "toy.pt2", "--check", "--json")
     found = {one["name"]: one for one in json.loads(out)["passes"]}
-    assert found["scale"] == {"name": "scale", "applies": True, "tried": "scale", "layers": "None", "reason": ""}
+    assert {**found["scale"], "places": None} == {
+        "name": "scale",
+        "applies": True,
+        "tried": "scale",
+        "layers": "None",
+        "reason": "",
+        "places": None,
+    }
     assert found["fail"]["reason"] == "toys have no attention"
     assert found["tome"]["tried"] == "tome:r=1"
     assert not found["tome"]["applies"]

@@ -1,0 +1,82 @@
+"""How a result is made: passes and options, given or from a recipe, checked before any work.  No torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import BadParameter, PassNotInstalled, TargetMissing, UnknownPass
+from ..registry import origin_of
+from ..rewrite import Pipeline
+from ..target import Target
+from .recipe import Recipe
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a result is made, apart from its passes."""
+
+    target: str | Target = "auto"
+    mode: str | None = None
+    restore: bool = True
+    token_map: bool = False
+    allow_noop: bool = False
+
+    def over(self, recipe: Recipe | None) -> Options:
+        """These options; those that have their default value become the recipe's."""
+        if recipe is None:
+            return self
+        recorded = {name: value for name, value in recipe.options.items() if name in DEFAULTS}
+        return replace(self, **{**recorded, **self.changed()})
+
+    def checked(self, passes: Any, recipe: Recipe | None = None, path: str = "") -> Pipeline:
+        """Read the passes (the recipe's when None) and check everything that can be checked before work starts."""
+        if str(self.target) != "auto":
+            _require_device(Target.parse(self.target))
+        if self.mode is not None and self.mode not in MODES:
+            hint = "as in torch.compile; None (no --mode) runs eagerly."
+            raise BadParameter(
+                where="compile", name="mode", rule=f"one of {', '.join(MODES)}", got=repr(self.mode), hint=hint
+            )
+        pipeline = _parsed(passes, recipe, path)
+        if not pipeline.passes and not self.allow_noop:
+            raise BadParameter(
+                where="compile", name="passes", rule="given", got="none", hint='for example "tome:r=13".'
+            )
+        return pipeline
+
+    def changed(self) -> dict[str, Any]:
+        """Those that differ from the default, for the recipe."""
+        values = {**vars(self), "target": str(self.target)}
+        return {name: value for name, value in values.items() if value != DEFAULTS[name]}
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+
+
+def _parsed(passes: Any, recipe: Recipe | None, path: str) -> Pipeline:
+    """Passes from what was given, else from the recipe, which may need plug-ins that are not here."""
+    if passes is not None or recipe is None:
+        return Pipeline.parse(passes if passes is not None else ())
+    try:
+        return Pipeline.parse(recipe.passes)
+    except UnknownPass as error:
+        origin = recipe.plugins.get(error.name)
+        if origin is None:
+            raise
+        raise PassNotInstalled(path=path, name=error.name, origin=origin) from error
+
+
+def plugins_of(pipeline: Pipeline) -> dict[str, str]:
+    """Where passes that are not tamis's own come from, by name."""
+    origins = {one.name: origin_of(type(one)) for one in pipeline.passes}
+    return {name: origin for name, origin in origins.items() if origin != "tamis"}
+
+
+def _require_device(target: Target) -> None:
+    import torch
+
+    if target.device != "cpu" and not torch.cuda.is_available():
+        raise TargetMissing(target=target)
