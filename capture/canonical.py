@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from .inline import inline_wrappers
+from .mutations import without_shared_writes, written
 from .program import copied, rebuild
 from .raise_attention import raise_attention
 from .shared_heads import share_heads
@@ -36,9 +37,10 @@ def canonicalise(program: ExportedProgram) -> ExportedProgram:
     Gone are assertions, dropout that does nothing, casts and copies to the same type and device, slices and expands
     that take everything, wrappers that switch gradients (or autocast off), and nodes without use.  `view` becomes
     `reshape`, so that layouts are free.  Attention that was written out is one node (see `raise_attention`), with no
-    more key-value heads than were computed (see `share_heads`).  Kept nodes keep their names and stack traces; an
-    output that was removed is now called like the node it was made of.
+    more key-value heads than were computed (see `share_heads`).  Nothing writes into memory that another value shows.
+    Kept nodes keep their names and stack traces; an output that was removed is now called like the node it was made of.
     """
+    program = without_shared_writes(program)
     graph_module = copied(program)
     inline_wrappers(graph_module)
     graph = graph_module.graph
@@ -72,11 +74,23 @@ def _drop_asserts(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if op_of(node) in ASSERTS or node.target is torch._C._set_grad_enabled:
             graph.erase_node(node)
+        elif _overwrites_all(node):
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+
+
+def _overwrites_all(node: fx.Node) -> bool:
+    """Whether nothing is left of the first argument, the second having its shape and type."""
+    op = op_of(node)
+    whole = op == "aten.copy" or (
+        op == "aten.slice_scatter" and _takes_all(node, 3) and _argument(node, 5, "step", 1) == 1
+    )
+    return whole and _same_tensor(node, node.args[1])
 
 
 def _drop_identities(graph: fx.Graph) -> None:
-    """Replace every node that returns its first argument by it."""
-    copies_matter = any(_mutates(node) or op_of(node) in NEEDS_STRIDES for node in graph.nodes)
+    """Replace every node that returns its first argument, or what it overwrites it with, by that."""
+    copies_matter = any(any(written(node)) or op_of(node) in NEEDS_STRIDES for node in graph.nodes)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -111,19 +125,24 @@ def _copies(node: fx.Node) -> bool:
     return place is not None and bool(_argument(node, place, "copy", False))
 
 
-def _same_tensor(node: fx.Node) -> bool:
-    """Same shape, type and device as the first argument."""
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+def _same_tensor(node: fx.Node, argument: Any = None) -> bool:
+    """Same shape, type and device as an argument, the first unless said otherwise."""
+    before, after = (argument or node.args[0]).meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return before.dtype == after.dtype and before.device == after.device and same_shape(before.shape, after.shape)
 
 
 def _is_full_slice(node: fx.Node) -> bool:
-    start, end, step = (_argument(node, i, n, d) for i, n, d in ((2, "start", None), (3, "end", None), (4, "step", 1)))
-    if start not in (0, None) or step != 1:
+    if _argument(node, 4, "step", 1) != 1:
         return False
-    return end is None or (isinstance(end, int) and end >= END) or _same_tensor(node)
+    return _takes_all(node, 2) or (_argument(node, 2, "start", None) in (0, None) and _same_tensor(node))
+
+
+def _takes_all(node: fx.Node, place: int) -> bool:
+    """Whether the range whose start is argument `place` says "from the first to the end"."""
+    end = _argument(node, place + 1, "end", None)
+    return _argument(node, place, "start", None) in (0, None) and (end is None or (isinstance(end, int) and end >= END))
 
 
 def _drop_native_dropout(node: fx.Node) -> None:
@@ -140,10 +159,6 @@ def _drop_native_dropout(node: fx.Node) -> None:
 
 def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _free_layouts(graph: fx.Graph) -> None:

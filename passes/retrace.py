@@ -59,5 +59,6 @@ def _restore_placeholders(traced: fx.GraphModule, originals: list[fx.Node]) -> N
         node._rename(f"tamis_input_{i}")
     for node, original in zip(fresh, originals, strict=True):
         node._rename(original.name)
+        node.name = original.name  # renaming avoids names of builtins, such as `input`, that export itself gives
         node.target = original.name
         node.meta.update({key: value for key, value in original.meta.items() if key != "tensor_meta"})
