@@ -27,30 +27,31 @@ def find_sites(program: ExportedProgram) -> tuple[Site, ...]:
     return tuple(_site(index, node, reader) for index, node in enumerate(nodes))
 
 
+def attention_parameter(node: fx.Node, name: str) -> tuple[int, str, Any] | None:
+    """Place, own name and default of a parameter of attention (`mask`, `causal`, `scale`, `softcap`, ...), if any."""
+    own = NAMES[node.target].get(name, name)
+    parameters = enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+    return next(((at, one.name, one.default_value) for at, one in parameters if one.name == own), None)
+
+
 def attention_argument(node: fx.Node, name: str) -> Any:
-    """An argument of an attention node (`mask`, `causal`, `scale`, `softcap`, ...); None if its op has none."""
-    place = _place(node, name)
-    if place is None:
+    """What an attention node is given for a parameter; None where its op has none."""
+    parameter = attention_parameter(node, name)
+    if parameter is None:
         return None
-    at, argument = place
-    return node.args[at] if len(node.args) > at else node.kwargs.get(argument.name, argument.default_value)
+    at, own, default = parameter
+    return node.args[at] if len(node.args) > at else node.kwargs.get(own, default)
 
 
 def set_attention_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Change an argument that the node's op has."""
-    place = _place(node, name)
-    assert place is not None
-    at, argument = place
+    """Give an attention node another value for a parameter that its op has."""
+    parameter = attention_parameter(node, name)
+    assert parameter is not None
+    at, own, _ = parameter
     if len(node.args) > at:
         node.update_arg(at, value)
     else:
-        node.update_kwarg(argument.name, value)
-
-
-def _place(node: fx.Node, name: str) -> tuple[int, Any] | None:
-    own = NAMES[node.target].get(name, name)
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    return next(((at, one) for at, one in enumerate(arguments) if one.name == own), None)
+        node.update_kwarg(own, value)
 
 
 def _site(index: int, node: fx.Node, reader: MaskReader) -> Site:
