@@ -19,22 +19,25 @@ def attend(call: Call, site: Site) -> Answer:
     """Run an attention site whose queries, keys or both are reduced.
 
     Keys of the stream get the per-key bias (log sizes, -inf without a token), which also says what a padding mask
-    said; any other mask loses the rows and columns of the tokens that are gone.  Without bias and mask the site stays
-    as it is.
+    said; any other mask loses the rows and columns of the tokens that are gone.  Slots of a causal stream are in the
+    order of their tokens, so that plain causality needs no table.  Without bias and mask the site stays as it is.
     """
     (q, q_axes), (k, k_axes), (v, v_axes) = (_aligned(call, i) for i in range(3))
     _check_heads(q_axes, k_axes, v_axes, q.dim())
-    if site.causal or site.mask.kind == "causal":
-        raise NeedsFullLength("its attention is causal")
+    causal = site.causal or site.mask.kind == "causal"
+    if causal and (q_axes is None or k_axes is None):
+        raise NeedsFullLength("its attention is causal, and its queries and keys are not the same tokens")
     bias = call.state.key_bias() if k_axes is not None else None
     mask = _live_mask(call, site.mask, q_axes, k_axes)
     answer = q_axes
     if bias is None:
-        kwargs = {} if site_uses_default_scale(site) else {"scale": site.scale}
+        kwargs: dict[str, Any] = {} if site_uses_default_scale(site) else {"scale": site.scale}
+        if causal:
+            kwargs["is_causal"] = True
         if site.kv_heads != site.heads:
             kwargs["enable_gqa"] = True
         return SDPA(q, k, v, mask, **kwargs), answer
-    return ATTENTION(q, k, v, bias, mask, site.scale, False), answer
+    return ATTENTION(q, k, v, bias, mask, site.scale, causal), answer
 
 
 def site_uses_default_scale(site: Site) -> bool:
@@ -57,7 +60,8 @@ def _check_heads(q: Axes | None, k: Axes | None, v: Axes | None, rank: int) -> N
 
 def _live_mask(call: Call, mask: Mask, q_axes: Axes | None, k_axes: Axes | None) -> Tensor | None:
     node = call.node.args[3] if len(call.node.args) > 3 else call.node.kwargs.get("attn_mask")
-    if not isinstance(node, fx.Node) or mask.kind == "full" or (mask.kind == "padding" and k_axes is not None):
+    covered = mask.kind in ("full", "causal") or (mask.kind == "padding" and k_axes is not None)
+    if not isinstance(node, fx.Node) or covered:
         return None
     live: Any = call.args[3] if len(call.args) > 3 else call.kwargs["attn_mask"]
     if call.axes_of(node) is not None:

@@ -13,6 +13,7 @@ from ..graph import Layer, Site, TokenGraph, shape_text
 from ..rewrite import Outcome
 from ..tokens import Attention, Plan, Tokens
 from .outputs import token_map
+from .plans import in_order
 from .reduction import TokenReduction, most_removable
 from .stream_state import StreamState, take_rows
 from .token_axes import Axes, Restored
@@ -56,18 +57,15 @@ class CutRunner:
         return value
 
     def valid(self) -> Tensor | None:
-        """[B, N] bool of real tokens, from the padding mask of the stream's attention; None without one."""
-        for layer in self.graph.layers:
-            mask = self.graph.sites[layer.site].mask
-            if mask.padded and mask.node is not None:
-                live: Tensor = self._live(mask.node)
-                row = live.select(-2, 0)
-                row = row.select(1, 0) if row.dim() == 3 else row
-                return row if row.dtype == torch.bool else row > -1e4
-        return None
+        """[B, N] bool of real tokens, from a padding mask of the stream's attention, the plainest; None without one."""
+        masks = [self.graph.sites[layer.site].mask for layer in self.graph.layers]
+        padded = [mask for mask in masks if mask.padded and mask.node is not None]
+        if not padded:
+            return None
+        return real_tokens(self._live(min(padded, key=lambda mask: mask.kind != "padding").node or ""))
 
     def _live(self, name: str) -> Any:
-        return self.interpreter.env[self.graph.node(name)]
+        return self.interpreter.value_of(name)
 
     def _reduce(self, node: fx.Node, hidden: Tensor, layer: Layer, method: TokenReduction) -> Tensor:
         state, site = self._state, self.graph.sites[layer.site]
@@ -83,6 +81,7 @@ class CutRunner:
         out = torch.ops.tamis.token_count(hidden, 1, self.graph.prefix, rule.flat())
         tokens = self._tokens(hidden, rule, out, layer, site)
         plan = self._plan(method, tokens, layer)
+        plan = in_order(plan) if self.graph.hides_later else plan
         if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
             raise MethodFailed(
                 where=f"layer {layer.index}",
@@ -166,21 +165,6 @@ class CutRunner:
 
     def _attention(self, site: Site) -> Attention:
         state, keys, queries = self._state, self._at_site(site.k), self._at_site(site.q)
-        bias = state.key_bias()
-        if site.mask.kind == "bias":
-            raise MethodFailed(
-                where=f"{site.module or site.node}",
-                method="attention statistics",
-                shape=shape_text(queries),
-                reason="this attention has a bias for every pair of tokens, which its statistics do not know yet",
-                hint="choose a method that does not read attention, such as tome or random.",
-            )
-
-        def class_query() -> Tensor:
-            if state.valid is None or state.plans:
-                return queries[:, :, :1]
-            first = state.valid.to(torch.int64).argmax(1, keepdim=True)
-            return take_rows(queries, first, 2, 0)
 
         def class_row() -> Tensor:
             first = None if state.valid is None or state.plans else state.valid.to(torch.int64).argmax(1, keepdim=True)

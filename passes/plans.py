@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,13 @@ def keep_plan(
         valid=next_valid(tokens),
         counts_sizes=False,
     )
+
+
+def in_order(plan: Plan) -> Plan:
+    """The same groups of tokens in the order of their last tokens, which lead them: what a causal mask asks for."""
+    slot, leader, moved = torch.ops.tamis.order_slots(plan.slot, plan.leader, plan.moved)
+    sizes = None if plan.sizes is None else plan.sizes.gather(1, plan.slot.gather(1, leader).clamp(min=0))
+    return replace(plan, slot=slot, leader=leader, moved=None if plan.moved is None else moved, sizes=sizes)
 
 
 def next_valid(tokens: Tokens) -> Tensor | None:

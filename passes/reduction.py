@@ -29,6 +29,8 @@ class TokenReduction(Pass):
         r: tokens removed per layer, a number or a Schedule in any of its forms.
         keep_ratio: fraction of the unprotected tokens kept at each chosen layer, in (0, 1]; give this or `r`.
         layers: layer indices (0-based, negative from the end); None: the method's own choice.
+        causal: reduce under causal attention too, as in CLIP's text tower (off: such a model is refused).  Slots then
+            keep the order of tokens, and merged ones stand where the last of them stood, so that none sees ahead.
     """
 
     where: ClassVar[str] = "after_attention"  # before_attention, after_attention or after_block
@@ -40,6 +42,7 @@ class TokenReduction(Pass):
     r: Any = None
     keep_ratio: Any = None
     layers: Any = field(default=None, kw_only=True)
+    causal: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.r is None) == (self.keep_ratio is None):
@@ -121,10 +124,10 @@ class TokenReduction(Pass):
             return "no token stream was found"
         if self.needs_class_token and not graph.class_token:
             return "it scores tokens by the class token's attention, and this model has no class token"
-        if any(
-            graph.sites[layer.site].mask.kind == "causal" or graph.sites[layer.site].causal for layer in graph.layers
-        ):
-            return "attention is causal; removing tokens would change what later tokens may see"
+        if graph.hides_later and self.needs_class_token:
+            return "attention is causal: its first token sees itself alone and scores nothing"
+        if graph.hides_later and not self.causal:
+            return "attention is causal, and later tokens lose what they saw of removed ones; causal=true allows it"
         if all(layer.cut(self.where) is None and layer.after_block is None for layer in graph.layers):
             return f"no layer has a place {self.where.replace('_', ' ')}"
         return ""

@@ -5,10 +5,10 @@ where the op reads tokens in a way that only the full sequence answers; ops with
 agreeing is no proof: without a rule nothing passes.
 """
 
-from . import contractions, indexing, pointwise, reductions, shapes
+from . import contractions, gathers, indexing, pointwise, reductions, shapes
 from .call import RULES, Call
 
-__all__ = ["RULES", "Call", "contractions", "indexing", "pointwise", "reductions", "rule_for", "shapes"]
+__all__ = ["RULES", "Call", "contractions", "gathers", "indexing", "pointwise", "reductions", "rule_for", "shapes"]
 
 
 def rule_for(target: object):  # type: ignore[no-untyped-def]
