@@ -65,17 +65,24 @@ def levels(make: Callable[[float], TokenReduction], prepared: Prepared) -> dict[
     """
     at = functools.cache(lambda hundredths: compiled(prepared, make(hundredths / 100)))
     chosen = {f"keep ratio {ratio}": round(100 * ratio) for ratio in KEEP_RATIOS}
+    known = {hundredths: flops_share(at(hundredths)) for hundredths in chosen.values()}
     for target in FLOPS:
-        chosen[f"{target:.0%} of the FLOPs"] = _nearest(lambda hundredths: flops_share(at(hundredths)), target)
+        nearest = _nearest(lambda hundredths: flops_share(at(hundredths)), known, target)
+        chosen[f"{target:.0%} of the FLOPs"] = nearest
     return {title: (make(hundredths / 100), at(hundredths)) for title, hundredths in chosen.items()}
 
 
-def _nearest(share: Callable[[int], float], target: float) -> int:
-    """The keep ratio in hundredths whose share of the FLOPs is nearest to the target; shares grow with the ratio."""
-    low, high, shares = 1, 100, {100: 1.0, 1: 0.0}  # the ends are not asked: one is known, the other never the answer
+def _nearest(share: Callable[[int], float], known: dict[int, float], target: float) -> int:
+    """The keep ratio in hundredths whose share of the FLOPs is nearest to the target; shares grow with the ratio.
+
+    known  shares that are there already; what is asked for here is added
+    """
+    known.update({100: 1.0, 1: 0.0})  # one is so by definition, the other is never the answer
+    low = max(hundredths for hundredths, value in known.items() if value <= target)
+    high = min(hundredths for hundredths, value in known.items() if value > target)
     while high - low > 1:
-        inside = (target - shares[low]) / (shares[high] - shares[low])
+        inside = (target - known[low]) / (known[high] - known[low])
         middle = min(high - 1, max(low + 1, round(low + inside * (high - low))))
-        shares[middle] = share(middle)
-        low, high = (middle, high) if shares[middle] <= target else (low, middle)
-    return min((low, high), key=lambda hundredths: abs(shares[hundredths] - target))
+        known[middle] = share(middle)
+        low, high = (middle, high) if known[middle] <= target else (low, middle)
+    return min((low, high), key=lambda hundredths: abs(known[hundredths] - target))
