@@ -125,11 +125,6 @@ class TokenGraph:
         return any(self.sites[layer.site].hides_later for layer in self.layers)
 
     @property
-    def hides_later(self) -> bool:
-        """Whether some attention of the stream is causal."""
-        return any(self.sites[layer.site].hides_later for layer in self.layers)
-
-    @property
     def graph(self) -> fx.Graph:
         """The fx graph of the program."""
         return self.program.graph_module.graph

@@ -97,25 +97,38 @@ class ReductionInterpreter(fx.Interpreter):
         state = self.state
         assert state is not None
         if state.drops or (state.valid is not None and reason):
-            why = reason or "it follows a node that needs every token"
-            raise TokenAxisUnsupported(op=op_name(n), reason=why, **self._where(n))
+            raise self._cannot_restore(n, reason or "it follows a node that needs every token")
 
-        def full(arg: fx.Node) -> Any:
-            axes = self._axes_of(arg)
-            return self.env[arg] if axes is None else self._full(arg, axes)
+        return self._at_full_length(n), RESTORED
 
-        args = fx.node.map_arg(n.args, full)
-        kwargs = fx.node.map_arg(n.kwargs, full)
-        return n.target(*args, **kwargs), RESTORED  # type: ignore[operator]
+    def _at_full_length(self, n: fx.Node) -> Any:
+        """What a node computes from full-length arguments."""
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), self._full)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _full(self, arg: fx.Node, axes: Axes) -> Any:
+    def _full(self, arg: fx.Node) -> Any:
+        """A value put back to full length.  Where its batch axis was folded away, what it came from is put back."""
+        axes, value = self._axes_of(arg), self.env[arg]
+        if axes is None:
+            return value
         assert self.state is not None
-        value = self.env[arg]
+        if axes.batch is None and self.state.drops:
+            raise self._cannot_restore(arg, "its batch axis is folded away")
+        if axes.batch is None:
+            return self._at_full_length(arg)
         if isinstance(value, (list, tuple)):
             return type(value)(restored_output(v, axes, self.state) for v in value)
-        if axes.batch is None:
-            raise TokenAxisUnsupported(op=op_name(arg), reason="its batch axis is folded away", **self._where(arg))
         return restored_output(value, axes, self.state)
+
+    def _cannot_restore(self, n: fx.Node, reason: str) -> TokenAxisUnsupported:
+        assert self.state is not None
+        lost = "dropped some for good" if self.state.drops else "left no place for padding"
+        hint = (
+            "use a merging pass (tome), which can be undone before this node, or other layers."
+            if self.state.drops
+            else "give rows without padding (no mask), or keep the layers before this node unreduced (layers=...)."
+        )
+        return TokenAxisUnsupported(op=op_name(n), lost=lost, reason=reason, hint=hint, **self._where(n))
 
     def _where(self, n: fx.Node) -> dict[str, Any]:
         """Fields that every rewriting error has."""
@@ -137,7 +150,7 @@ class ReductionInterpreter(fx.Interpreter):
             axes = self._axes_of(node)
             value = self.env[node] if isinstance(node, fx.Node) else node
             if axes is not None and self.options.restore:
-                value = self._full(node, axes)
+                value = self._full(node)
             values.append(value)
         if self.options.token_map:
             values.append(token_map(self.state, self.cuts.first_hidden, self.cuts.valid()))
