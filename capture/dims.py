@@ -15,32 +15,37 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Axes:
-    """Names of dynamic dimensions: per flat input (args, then kwargs), {dimension: "batch" or "sequence"}."""
+    """Names of dynamic dimensions: per flat input (args, then kwargs), {dimension: name}.
+
+    Found ones are "batch" and "sequence"; a model's file may have names of its own.
+    """
 
     leaves: tuple[dict[int, str], ...]
 
     @property
+    def names(self) -> set[str]:
+        """All names."""
+        return {name for leaf in self.leaves for name in leaf.values()}
+
+    @property
     def has_sequence(self) -> bool:
-        """Whether any input has a sequence dimension."""
-        return any("sequence" in leaf.values() for leaf in self.leaves)
+        """Whether any input has a dynamic dimension that is not the first one of an input."""
+        return self.leading().keys() != self.names
 
-    @staticmethod
-    def named() -> dict[str, Any]:
+    def named(self) -> dict[str, Any]:
         """One symbol per name."""
-        return {"batch": Dim("batch"), "sequence": Dim("sequence")}
+        return {name: Dim(name) for name in self.names}
 
-    @staticmethod
-    def inferred() -> dict[str, Any]:
+    def inferred(self) -> dict[str, Any]:
         """Export finds out which dimensions are tied."""
-        return {"batch": Dim.AUTO, "sequence": Dim.AUTO}
+        return dict.fromkeys(self.names, Dim.AUTO)
+
+    def leading(self) -> dict[str, Any]:
+        """One symbol per name of a first dimension."""
+        return {name: Dim(name) for leaf in self.leaves for axis, name in leaf.items() if axis == 0}
 
     def shapes(self, model: nn.Module, args: Any, kwargs: Any, dims: dict[str, Any]) -> Any:
-        """The `dynamic_shapes` of torch.export with these dims; names without a dim are static.
-
-        None where nothing would be left to try: dims without sequence for inputs without sequence.
-        """
-        if "sequence" not in dims and not self.has_sequence:
-            return None
+        """The `dynamic_shapes` of torch.export with these dims; names without a dim are static."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         leaves = [
             {axis: dims[name] for axis, name in names.items() if name in dims} or None

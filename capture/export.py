@@ -11,13 +11,13 @@ import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
-from ..errors import CaptureFailed, DataDependentControlFlow, ExampleInputsMissing, TrainingMode
+from ..errors import CaptureFailed, DataDependentControlFlow, ExampleInputsMissing, TamisError, TrainingMode
 from .dims import Axes, find_axes, widened
 from .program import with_ranges
 
@@ -47,7 +47,7 @@ def export_module(
         args: positional inputs, a tuple or list (or one tensor); values may be nested in dicts and lists.  A single
             dict whose keys are parameters of `forward` is spread as keywords, as tokenizers' results are meant.
         kwargs: keyword inputs.
-        dynamic_shapes: "auto", or what `torch.export.export` takes, which is then passed on as it is.
+        dynamic_shapes: "auto", named dimensions, or what `torch.export.export` takes, which is passed on as it is.
         name: what the model is called in errors.
 
     Raises:
@@ -61,9 +61,9 @@ def export_module(
     if not args and not kwargs and _needs_inputs(model):
         raise ExampleInputsMissing(model=name, hint="pass them as args=(tensor, ...) or kwargs={'name': tensor}.")
     with torch.no_grad(), _without_cache(model):
-        if not isinstance(dynamic_shapes, str):
+        if not isinstance(dynamic_shapes, str | Axes):
             return _export_once(model, args, kwargs, dynamic_shapes, name)
-        axes = find_axes(args, kwargs)
+        axes = dynamic_shapes if isinstance(dynamic_shapes, Axes) else find_axes(args, kwargs)
         args, kwargs = widened(args, kwargs, axes)
         return _export_dynamic(model, args, kwargs, axes, name)
 
@@ -72,7 +72,7 @@ def _export_once(model: nn.Module, args: Any, kwargs: Any, shapes: Any, name: st
     try:
         return _export(model, args, kwargs, shapes)
     except Exception as error:
-        raise _explained(error, name) from error
+        _raise(error, name)
 
 
 def _export_dynamic(model: nn.Module, args: Any, kwargs: Any, axes: Axes, name: str) -> ExportedProgram:
@@ -83,7 +83,7 @@ def _export_dynamic(model: nn.Module, args: Any, kwargs: Any, axes: Axes, name: 
         if attempt == "inferred":
             shapes = axes.shapes(model, args, kwargs, axes.inferred())
         elif attempt == "static sequence":
-            shapes = axes.shapes(model, args, kwargs, {"batch": Dim("batch")})
+            shapes = axes.shapes(model, args, kwargs, axes.leading()) if axes.has_sequence else None
         if shapes is None:
             continue
         try:
@@ -98,7 +98,7 @@ def _export_dynamic(model: nn.Module, args: Any, kwargs: Any, axes: Axes, name: 
             log.warning("%s: %s is static at %d: the model does not work at other sizes", name, *axis)
         return _accept_one(program)
     assert first is not None
-    raise _explained(first, name) from first
+    _raise(first, name)
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> ExportedProgram:
@@ -184,6 +184,12 @@ def _is_violation(error: Exception) -> bool:
 
 def _is_data_dependent(error: Exception) -> bool:
     return type(error).__name__ == "GuardOnDataDependentSymNode" or "data-dependent" in _first_line(error).lower()
+
+
+def _raise(error: Exception, name: str) -> NoReturn:
+    if isinstance(error, TamisError):  # of a model that is ours to run: it says itself what is wrong
+        raise error
+    raise _explained(error, name) from error
 
 
 def _explained(error: Exception, name: str) -> CaptureFailed:

@@ -1,0 +1,1 @@
+"""ONNX operations as torch functions, a file per kind; see `table` for what a function may ask for."""
