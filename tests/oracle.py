@@ -8,7 +8,7 @@ own `plan` is shared, because *that* is under test elsewhere and its decisions m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ class Stream:
     prefix: int
     valid: Tensor | None = None
     grid: tuple[int, int] | None = None
+    causal: bool = False  # slots then stand where the last of their tokens stood
     sizes: Tensor | None = None
     size_bias: bool = False
     source: Tensor | None = None
@@ -65,7 +66,9 @@ class Stream:
     def _probabilities(self) -> Tensor:
         q, k, _, scale = self._now()
         logits = q @ k.transpose(-1, -2) * scale + self._bias
-        return (logits + self._key_bias(logits)[:, None, None]).softmax(-1)
+        logits = logits + self._key_bias(logits)[:, None, None]
+        nothing = (logits == -torch.inf).all(-1, keepdim=True)  # padding that sees no key: its value must stay a number
+        return torch.where(nothing, 0.0, logits.softmax(-1))
 
     def pool(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of queries [B, H, Q, D] that are no tokens, heads joined -> [B, Q, H * D]."""
@@ -106,6 +109,9 @@ class Stream:
         tokens = self._view(rule, layer, x)
         plan = method.plan(tokens)
         check_plan(plan, tokens)
+        if self.causal:
+            plan = in_order(plan)
+            check_plan(plan, tokens)
         self.counts.append((layer, x.shape[1], plan.out))
         x = apply_plan(plan, x)
         self._compose(plan, tracks=method.tracks_sizes)
@@ -194,6 +200,22 @@ class Stream:
 def one_hot(plan: Plan) -> Tensor:
     """[B, N', N] bool: which tokens are in which slot."""
     return plan.slot.unsqueeze(1) == torch.arange(plan.out).reshape(1, -1, 1)
+
+
+def in_order(plan: Plan) -> Plan:
+    """The same groups of tokens, in the order of their last tokens, which lead them."""
+    assert plan.sizes is None
+    slot, leader = torch.full_like(plan.slot, -1), torch.zeros_like(plan.leader)
+    moved = None if plan.moved is None else torch.zeros_like(plan.moved)
+    for b, row in enumerate(plan.slot.tolist()):
+        groups = sorted(([i for i, j in enumerate(row) if j == k] for k in set(row) - {-1}), key=max)
+        for number, group in enumerate(groups):
+            slot[b, group] = number
+            leader[b, number] = max(group)
+        if moved is not None:
+            joined = sorted(i for group in groups for i in group[:-1])
+            moved[b] = torch.tensor(joined + leader[b, :1].tolist() * (moved.shape[1] - len(joined)), dtype=torch.int64)
+    return replace(plan, slot=slot, leader=leader, moved=moved)
 
 
 def apply_plan(plan: Plan, x: Tensor) -> Tensor:

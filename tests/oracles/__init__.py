@@ -1,7 +1,8 @@
 """One hand-written forward per architecture: (model, family, methods, inputs) -> (outputs in order, Stream)."""
 
-from oracles.bert import bert
+from oracles.bert import albert, bert, distilbert
 from oracles.hf_positions import hf_beit, hf_dinov3, hf_siglip
+from oracles.hf_text import clip_text, modernbert, t5
 from oracles.hf_vision import clip, hf_vit
 from oracles.timm_positions import timm_beit, timm_eva
 from oracles.timm_vit import timm_vit
@@ -16,4 +17,9 @@ FORWARDS = {
     "hf_siglip": hf_siglip,
     "clip": clip,
     "bert": bert,
+    "distilbert": distilbert,
+    "albert": albert,
+    "t5": t5,
+    "modernbert": modernbert,
+    "clip_text": clip_text,
 }
