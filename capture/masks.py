@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from ..graph import Mask
+from .closure import ancestors
 from .mask_trials import Cone, Trial
 
 HIDDEN = -1e4  # an additive mask at or below this hides a key; half types' minimum is -65504
@@ -152,18 +153,6 @@ def _band(like: Tensor, before: int | None, after: int | None) -> Tensor:
 def _hides_later(tables: Tables) -> bool:
     """Whether no query sees a later key."""
     return all(t.shape[-2] == t.shape[-1] and not bool(t.triu(1).any()) for _, t in tables)
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """All nodes that a node depends on."""
-    found: set[fx.Node] = set()
-    pending = list(node.all_input_nodes)
-    while pending:
-        one = pending.pop()
-        if one not in found:
-            found.add(one)
-            pending.extend(one.all_input_nodes)
-    return found
 
 
 def user_inputs(program: ExportedProgram) -> Iterator[fx.Node]:

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from .masks import ancestors, user_inputs
+from .closure import ancestors
+from .masks import user_inputs
 from .stream import same
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ def find_prefix(program: ExportedProgram, start: fx.Node, end: fx.Node) -> tuple
     inputs = set(user_inputs(program))
     prefix = 0
     for piece in pieces:
-        if _reads_values(piece, inputs):
+        if inputs & (ancestors(piece, through_sizes=False) | {piece}):
             break
         prefix += int(piece.meta["val"].shape[1])
     first_is_single = bool(pieces) and prefix > 0 and int(pieces[0].meta["val"].shape[1]) == 1
@@ -66,19 +67,6 @@ def _same_tokens(node: fx.Node, shape: Any) -> bool:
         and same(value.shape[1], shape[1])
         and same(value.shape[0], shape[0])
     )
-
-
-def _reads_values(node: fx.Node, inputs: set[fx.Node]) -> bool:
-    """Whether a node depends on what is in the user's tensors, not only on their sizes."""
-    pending, seen = [node], set()
-    while pending:
-        one = pending.pop()
-        if one in inputs:
-            return True
-        if one not in seen and one.target is not aten.sym_size.int:
-            seen.add(one)
-            pending.extend(one.all_input_nodes)
-    return False
 
 
 def _reads_first_token(end: fx.Node) -> bool:

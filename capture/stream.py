@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..graph import Layer, Site
-from .masks import ancestors
+from .closure import ancestors, descendants
 from .rotation import keys_before_rotation
 from .sizes import same as same
 from .streams import reached_in_place
@@ -82,7 +82,7 @@ def _with_keys_before_rope(
         yield from sites
         return
     start = found[0][1].stream
-    stream = {start} | _descendants(start, through_sizes=False)
+    stream = {start} | descendants(start, through_sizes=False)
     for site in sites:
         raw = keys_before_rotation(by_name[site.k], order, stream) if site.role == "stream" else None
         yield site if raw is None else replace(site, k_before_rope=raw.node, rope_axes=raw.axes)
@@ -103,7 +103,7 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
     above = ancestors(q)
     tokens, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
     below, joined = {attention}, False
-    for node in sorted(_descendants(attention), key=order.__getitem__):
+    for node in sorted(descendants(attention), key=order.__getitem__):
         inside = [a for a in node.all_input_nodes if a in below]
         outside = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in below]
         if node.target in ADDS and inside and len(outside) == 1 and outside[0] in above:
@@ -159,15 +159,3 @@ def _block_add(state: fx.Node, order: dict[fx.Node, int], limit: int) -> tuple[f
             continue
         return add, state not in ancestors(other)
     return None, False
-
-
-def _descendants(node: fx.Node, *, through_sizes: bool = True) -> set[fx.Node]:
-    """Nodes that depend on `node`; without those that only ask for its sizes, if `through_sizes` is false."""
-    found: set[fx.Node] = set()
-    pending = list(node.users)
-    while pending:
-        one = pending.pop()
-        if one not in found and (through_sizes or one.target is not aten.sym_size.int):
-            found.add(one)
-            pending.extend(one.users)
-    return found
