@@ -96,9 +96,9 @@ class ReductionInterpreter(fx.Interpreter):
         """Run a node on the restored sequence; only merging can be undone."""
         state = self.state
         assert state is not None
-        if state.drops or (state.valid is not None and reason):
-            raise self._cannot_restore(n, reason or "it follows a node that needs every token")
-
+        dropped = any(self._lost(arg) for arg in n.all_input_nodes)
+        if dropped or (state.valid is not None and reason):
+            raise self._cannot_restore(n, reason or "it follows a node that needs every token", dropped)
         return self._at_full_length(n), RESTORED
 
     def _at_full_length(self, n: fx.Node) -> Any:
@@ -112,20 +112,24 @@ class ReductionInterpreter(fx.Interpreter):
         if axes is None:
             return value
         assert self.state is not None
-        if axes.batch is None and self.state.drops:
-            raise self._cannot_restore(arg, "its batch axis is folded away")
+        if axes.batch is None and self._lost(arg):
+            raise self._cannot_restore(arg, "its batch axis is folded away", True)
         if axes.batch is None:
             return self._at_full_length(arg)
         if isinstance(value, (list, tuple)):
             return type(value)(restored_output(v, axes, self.state) for v in value)
         return restored_output(value, axes, self.state)
 
-    def _cannot_restore(self, n: fx.Node, reason: str) -> TokenAxisUnsupported:
-        assert self.state is not None
-        lost = "dropped some for good" if self.state.drops else "left no place for padding"
+    def _lost(self, arg: fx.Node) -> bool:
+        """Whether tokens were dropped for good before a value was computed."""
+        axes = self._axes_of(arg)
+        return axes is not None and self.state is not None and self.state.dropped_by(axes.epoch)
+
+    def _cannot_restore(self, n: fx.Node, reason: str, dropped: bool) -> TokenAxisUnsupported:
+        lost = "dropped some for good" if dropped else "left no place for padding"
         hint = (
             "use a merging pass (tome), which can be undone before this node, or other layers."
-            if self.state.drops
+            if dropped
             else "give rows without padding (no mask), or keep the layers before this node unreduced (layers=...)."
         )
         return TokenAxisUnsupported(op=op_name(n), lost=lost, reason=reason, hint=hint, **self._where(n))

@@ -14,13 +14,11 @@ from .token_axes import Axes
 
 
 def restored_output(value: Any, axes: Axes, state: StreamState) -> Any:
-    """An output with its token axes back at full length; rows of dropped tokens and of padding are zeros."""
+    """A value with its token axes back at full length; rows of tokens dropped before it and of padding are zeros."""
     if axes.batch is None:
         raise ValueError("an output has its batch axis folded into another axis")
     for dim in axes.dims:
-        if axes.epoch != state.epoch:
-            value = state.gather(value, dim, axes.batch, axes.epoch, axes.start)
-        value = state.restore(value, dim, axes.batch, axes.start)
+        value = state.restore(value, dim, axes.batch, axes.epoch, axes.start)
     return value
 
 

@@ -26,7 +26,7 @@ class StreamState:
         self.sizes: Tensor | None = None
         self.size_bias = False
         self._leaders: dict[int, tuple[int, Tensor]] = {}
-        self._source: tuple[int, Tensor] | None = None
+        self._sources: dict[int, Tensor] = {}
         self._bias: tuple[int, Tensor | None] | None = None
         self._first_valid = valid
 
@@ -38,7 +38,11 @@ class StreamState:
     @property
     def drops(self) -> bool:
         """Whether any plan dropped real tokens for good."""
-        return any(plan.drops for plan in self.plans)
+        return self.dropped_by(self.epoch)
+
+    def dropped_by(self, epoch: int) -> bool:
+        """Whether one of the first `epoch` plans dropped real tokens for good."""
+        return any(plan.drops for plan in self.plans[:epoch])
 
     def push(self, plan: Plan, *, size_bias: bool) -> None:
         """Compose one more plan; `self.sizes` and `self.valid` then speak of its slots."""
@@ -52,13 +56,20 @@ class StreamState:
         self.valid, self.sizes = plan.valid, sizes
         self.size_bias = self.size_bias or (size_bias and sizes is not None)
 
-    def current_sizes(self) -> Tensor:
-        """[B, N] float32 original tokens per slot, 0 at slots without a token."""
-        if self.sizes is not None:
-            return self.sizes
-        if self.valid is not None:
-            return self.valid.float()
-        return torch.ones(self.batch, self.counts[-1], device=self.device)
+    def sizes_at(self, epoch: int) -> Tensor | None:
+        """Sizes at an epoch, [B, N] float32; None where every slot is one token."""
+        return self.sizes if epoch == self.epoch else self.plan_sizes[epoch]
+
+    def current_sizes(self, epoch: int | None = None) -> Tensor:
+        """[B, N] float32 original tokens per slot, 0 at slots without a token; of an epoch (now)."""
+        epoch = self.epoch if epoch is None else epoch
+        sizes = self.sizes_at(epoch)
+        if sizes is not None:
+            return sizes
+        valid = self.valid if epoch == self.epoch else self.plans[epoch - 1].valid if epoch else self._first_valid
+        if valid is not None:
+            return valid.float()
+        return torch.ones(self.batch, self.counts[epoch], device=self.device)
 
     def _added_up(self, plan: Plan) -> Tensor:
         before = self.current_sizes().unsqueeze(-1)
@@ -83,12 +94,14 @@ class StreamState:
         self._leaders[since] = (self.epoch, index)
         return index
 
-    def source(self) -> Tensor:
-        """[B, N0] slot that every original token is in now; -1: dropped or padding."""
-        done, slot = self._source or (1, self.plans[0].slot)
-        for plan in self.plans[done:]:
+    def source(self, epoch: int | None = None) -> Tensor:
+        """[B, N0] slot that every original token is in at an epoch (now); -1: dropped or padding."""
+        epoch = self.epoch if epoch is None else epoch
+        done = max((known for known in self._sources if known <= epoch), default=1)
+        slot = self._sources.get(done, self.plans[0].slot)
+        for plan in self.plans[done:epoch]:
             slot = torch.where(slot >= 0, plan.slot.gather(1, slot.clamp(min=0)), -1)
-        self._source = (self.epoch, slot)
+        self._sources[epoch] = slot
         return slot
 
     def positions(self) -> Tensor:
@@ -122,9 +135,9 @@ class StreamState:
             index = index[:, start:] - start
         return take_rows(x, index, dim, batch)
 
-    def restore(self, x: Tensor, dim: int, batch: int, start: int = 0) -> Tensor:
-        """Put axis `dim` of a value of now back to the original length; dropped tokens and padding become zeros."""
-        source = self.source()
+    def restore(self, x: Tensor, dim: int, batch: int, since: int, start: int = 0) -> Tensor:
+        """Put axis `dim` of a value of epoch `since` back to the original length; dropped tokens and padding: zeros."""
+        source = self.source(since)
         if start:
             source = source[:, start:] - start
         return take_rows(x, source, dim, batch)

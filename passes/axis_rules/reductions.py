@@ -26,9 +26,9 @@ def mean_or_sum(call: Call) -> Answer:
     is_mean = call.node.target is aten.mean.dim
     if call.state.valid is not None and is_mean:
         raise NeedsFullLength("it takes a mean over padding")
-    if call.state.drops and not is_mean:
+    if call.state.dropped_by(axes.epoch) and not is_mean:
         raise NeedsFullLength("it sums over tokens of which some are gone")
-    if call.state.sizes is None and call.state.valid is None:
+    if call.state.sizes_at(axes.epoch) is None and call.state.valid is None:
         return call.run(), None
     return _weighted(call, axes, dims[0], keep, is_mean), None
 
@@ -40,7 +40,7 @@ def extremum(call: Call) -> Answer:
     keep = bool(call.arg(2, "keepdim", False))
     if not set(dims) & set(axes.dims):
         return call.run(), _after(axes, dims, keep)
-    if call.state.valid is not None or call.state.drops or len(axes.dims) > 1:
+    if call.state.valid is not None or call.state.dropped_by(axes.epoch) or len(axes.dims) > 1:
         raise NeedsFullLength("it takes an extremum over tokens of which some are gone")
     return call.run(), None
 
@@ -76,7 +76,7 @@ def vector_norm(call: Call) -> Answer:
 
 def _weighted(call: Call, axes: Axes, dim: int, keep: bool, is_mean: bool) -> Tensor:
     x = call.args[0]
-    weights = call.state.current_sizes()[:, axes.start :]
+    weights = call.state.current_sizes(axes.epoch)[:, axes.start :]
     shape: list[Any] = [1] * x.dim()
     shape[require_batch(axes)], shape[dim] = weights.shape
     spread = weights.reshape(shape) if require_batch(axes) < dim else weights.t().reshape(shape)

@@ -275,3 +275,40 @@ def test_a_convolution_inside_the_stream_sees_every_token_and_the_next_cut_reduc
     assert 0 < float((out - dense).norm() / dense.norm()) < 0.5
     with pytest.raises(TokenAxisUnsupported):
         Pipeline.parse("random:r=5,layers=[0]").run(graph)
+
+
+class EveryLayer(Trunk):
+    """A trunk whose output is made of what every block gave, as DPT's is."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x, states = self.embed(images), []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        pooled = torch.stack([state.mean(1) for state in states], 1)
+        return (*states, pooled, conv_over_grid(states[0]))
+
+
+def test_what_earlier_layers_gave_is_restored_as_it_was_then() -> None:
+    """Tokens that merged only afterwards keep what they were: each state equals that of a model that ends there."""
+    graph = capture(draw(EveryLayer(lambda x: x)).eval().double(), (images(2),))
+    with torch.no_grad():
+        *states, pooled, grid = Pipeline.parse("tome:r=5").run(graph).graph.program.module()(images(2))
+        for layer, state in enumerate(states):
+            program = Pipeline.parse(f"tome:r=5,layers={list(range(layer + 1))}").run(graph).graph.program
+            torch.testing.assert_close(state, program.module()(images(2))[layer], rtol=1e-9, atol=1e-9)
+    assert not torch.equal(states[0], states[2])
+    assert [len(state[0].unique(dim=0)) for state in states] == [TOKENS - 5, TOKENS - 10, TOKENS - 15]
+    torch.testing.assert_close(pooled, torch.stack([state.mean(1) for state in states], 1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grid, conv_over_grid(states[0]), rtol=1e-9, atol=1e-9)
+
+
+def test_a_head_may_read_every_token_of_a_layer_before_the_drop() -> None:
+    graph = capture(draw(EveryLayer(lambda x: x)).eval().double(), (images(2),))
+    with torch.no_grad():
+        dense = graph.program.module()(images(2))
+        reduced = Pipeline.parse("random:r=5,layers=[2]").run(graph).graph.program.module()(images(2))
+    for index in (0, 1, 4):
+        torch.testing.assert_close(reduced[index], dense[index], rtol=1e-9, atol=1e-9)
+    with pytest.raises(TokenAxisUnsupported, match="dropped some for good"):
+        Pipeline.parse("random:r=5,layers=[0]").run(graph)
