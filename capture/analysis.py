@@ -9,11 +9,12 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from ..errors import NoAttention, NoTokenStream, TamisError, WindowedAttention
-from ..graph import Mask, Site, TokenGraph
+from ..errors import NoAttention, NoTokenStream, TamisError, UnknownAttention, WindowedAttention
+from ..graph import Mask, Site, TokenGraph, module_path, source_line
+from .closure import ancestors
 from .identity import structure_hash
-from .masks import ancestors
 from .prefix import find_grid, find_prefix
+from .raise_attention import find_near_misses
 from .sites import SDPA, attention_argument, find_sites, set_attention_argument
 from .stream import find_layers, same
 
@@ -25,13 +26,13 @@ def analyse(program: ExportedProgram, name: str = "model") -> TokenGraph:
     """Sites, stream, cut points, prefix tokens and grid of a canonical program.
 
     Raises:
-        NoAttention: there is no attention at all.
+        NoAttention, UnknownAttention: there is no attention at all, or none that was recognised.
         WindowedAttention: attention runs inside windows of a regrouped batch (Swin).
         NoTokenStream: no stream of tokens [B, N, C] runs through the attention sites.
     """
     sites = find_sites(program)
     if not sites:
-        raise NoAttention(model=name, looked_for="scaled_dot_product_attention, or matmul-softmax-matmul")
+        raise _why_no_attention(program, name)
     sites, layers = find_layers(program.graph, sites)
     graph = TokenGraph(program, sites, layers, name=name, source_hash=structure_hash(program))
     if not layers:
@@ -70,6 +71,22 @@ def _without_table(node: fx.Node, site: Site) -> Site:
 def _node(graph: TokenGraph, name: str | None) -> fx.Node:
     assert name is not None
     return graph.node(name)
+
+
+def _why_no_attention(program: ExportedProgram, name: str) -> TamisError:
+    misses = find_near_misses(program.graph)
+    if not misses:
+        return NoAttention(model=name, looked_for="scaled_dot_product_attention, or matmul-softmax-matmul")
+    furthest = max(misses)
+    node = next(n for n in program.graph.nodes if n.name == furthest.node)
+    source = source_line(node)
+    return UnknownAttention(
+        model=name,
+        count=len(misses),
+        node=module_path(node) or node.name,
+        where=f" ({source})" if source else "",
+        reason=furthest.reason,
+    )
 
 
 def _why_no_stream(graph: TokenGraph) -> TamisError:

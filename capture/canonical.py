@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from .folded import set_axes_apart
 from .inline import inline_wrappers
-from .mutations import without_shared_writes, written
+from .mutations import without_own_writes, without_shared_writes, written
+from .nodes import op_of, same_shape
 from .program import copied, rebuild
 from .raise_attention import raise_attention
 from .shared_heads import share_heads
@@ -37,37 +39,25 @@ def canonicalise(program: ExportedProgram) -> ExportedProgram:
     Gone are assertions, dropout that does nothing, casts and copies to the same type and device, slices and expands
     that take everything, wrappers that switch gradients (or autocast off), and nodes without use.  `view` becomes
     `reshape`, so that layouts are free.  Attention that was written out is one node (see `raise_attention`), with no
-    more key-value heads than were computed (see `share_heads`).  Nothing writes into memory that another value shows.
-    Kept nodes keep their names and stack traces; an output that was removed is now called like the node it was made of.
+    more key-value heads than were computed (see `share_heads`).  Axes are not folded into the batch only to be set
+    apart again (see `set_axes_apart`).  Nothing writes into memory that another value shows, and `add_` is `add`.  Kept
+    nodes keep their names and stack traces; an output that was removed is now called like the node it was made of.
     """
     program = without_shared_writes(program)
     graph_module = copied(program)
     inline_wrappers(graph_module)
     graph = graph_module.graph
     _drop_asserts(graph)
+    without_own_writes(graph)
     _drop_identities(graph)
     graph.eliminate_dead_code()
     _free_layouts(graph)
     raise_attention(graph)
     share_heads(graph)
+    set_axes_apart(graph)
     graph.eliminate_dead_code()
     graph_module.recompile()
     return rebuild(program, graph_module)
-
-
-def op_of(node: fx.Node) -> str:
-    """`aten.softmax` without its overload; "" for what is no torch op."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet) if packet is not None else ""
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    """Whether two shapes are equal for every size of the dynamic dimensions."""
-    return len(a) == len(b) and all(_expression(x) == _expression(y) for x, y in zip(a, b, strict=True))
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _drop_asserts(graph: fx.Graph) -> None:

@@ -23,6 +23,22 @@ def without_shared_writes(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions({})
 
 
+def without_own_writes(graph: fx.Graph) -> None:
+    """`add_` and its like as `add`, in place, where nobody else sees the memory (see `without_shared_writes`)."""
+    for node in graph.nodes:
+        values = list(written(node))
+        if len(values) == 1 and values[0] is node.args[0] and not _is_shared(values[0]):
+            node.target = _returning(node.target) or node.target
+
+
+def _returning(target: Any) -> Any:
+    """The operator that returns what an in-place operator writes; None when there is none."""
+    name = target._schema.name.split("::")[1]
+    packet = getattr(torch.ops.aten, name[:-1], None) if target.namespace == "aten" and name.endswith("_") else None
+    found = getattr(packet, target._overloadname, None)
+    return None if found is None or found._schema.is_mutable else found
+
+
 def written(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments that a node writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:

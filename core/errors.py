@@ -147,6 +147,14 @@ class NoAttention(TamisError):
     exit_code = 2
 
 
+class UnknownAttention(TamisError):
+    template = (
+        "{model}: {count} softmax(es) look like attention, but none is any that tamis knows: at {node}{where}, "
+        "{reason}.\n"
+        "  hint: tamis knows softmax(q k^T * scale + mask) v; attention that does more to its logits is not supported."
+    )
+
+
 class NoTokenStream(TamisError):
     template = (
         "{model}: found {sites} attention site(s) but no stream of tokens through them: at {node}{where}, {reason}.\n"

@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from zoo import FAMILIES, quietly
 
+from tamis.capture import capture
 from tamis.capture.canonical import canonicalise
 from tamis.capture.export import export_module
 from tamis.capture.raise_attention import find_near_misses
+from tamis.errors import UnknownAttention
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 HEADS = 2
@@ -131,6 +133,94 @@ def test_a_mask_in_another_type_is_cast() -> None:
     assert mask.meta["val"].dtype == torch.bfloat16
 
 
+def fold(x: Tensor) -> Tensor:
+    """[B, 2, N, D] -> [B * 2, N, D]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def repeated(bias: Tensor, like: Tensor) -> Tensor:
+    return bias.expand(like.shape[0], -1, -1, -1)
+
+
+def unfold(x: Tensor) -> Tensor:
+    return x.reshape(-1, HEADS, *x.shape[1:])
+
+
+def outside(x: Tensor) -> Tensor:
+    """[B, 2, N, D] -> [2 * B, N, D]."""
+    return x.transpose(0, 1).reshape(-1, *x.shape[2:])
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """[B, 2, N, D] -> [N, B, 2 * D], heads in the channels, folded from there."""
+    whole = x.permute(2, 0, 1, 3).flatten(2)
+    return whole.reshape(whole.shape[0], -1, x.shape[3]).transpose(0, 1)
+
+
+FOLDED: dict[str, tuple[Callable[..., Tensor], float]] = {
+    "reshape": (lambda q, k, v: unfold((fold(q) @ fold(k).mT).softmax(-1) @ fold(v)), 1.0),
+    "flatten": (lambda q, k, v: (q.flatten(0, 1) @ k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1), 1.0),
+    "scaled": (lambda q, k, v: unfold(((fold(q) * 0.5) @ fold(k).mT).softmax(-1) @ fold(v)), 0.5),
+    "bmm": (lambda q, k, v: unfold(torch.bmm(torch.bmm(fold(q), fold(k).mT).softmax(-1), fold(v))), 1.0),
+    "bias for all": (lambda q, k, v: unfold((fold(q) @ fold(k).mT + BIAS[0, 0]).softmax(-1) @ fold(v)), 1.0),
+    "bias of one row": (
+        lambda q, k, v: unfold(torch.baddbmm(BIAS[0, :1], fold(q), fold(k).mT, alpha=2.0).softmax(-1) @ fold(v)),
+        2.0,
+    ),
+    "bias per head": (
+        lambda q, k, v: unfold((fold(q) @ fold(k).mT + fold(repeated(BIAS, q))).softmax(-1) @ fold(v)),
+        1.0,
+    ),
+    "tokens first": (
+        lambda q, k, v: (
+            ((tokens_first(q) @ tokens_first(k).mT).softmax(-1) @ tokens_first(v))
+            .transpose(0, 1)
+            .reshape(q.shape[2], q.shape[0], -1)
+        ),
+        1.0,
+    ),
+    "used folded": (lambda q, k, v: ((fold(q) @ fold(k).mT).softmax(-1) @ fold(v)).tanh(), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_heads_in_the_batch_get_their_axis_back(name: str) -> None:
+    attend, scale = FOLDED[name]
+    graph = captured(attend)
+    (node,) = attentions(graph)
+    assert node.kwargs["scale"] == pytest.approx(scale)
+    assert [tuple(q.meta["val"].shape[1:]) for q in node.args[:3]] == [(HEADS, 5, 4)] * 3
+    assert ("attn_mask" in node.kwargs) == ("bias" in name)
+    assert find_near_misses(graph) == []
+
+
+class ManyAttentions(nn.Module):
+    """torch's own attention, which asks for its probabilities or not, as a pre-norm layer."""
+
+    def __init__(self, batch_first: bool, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, HEADS, batch_first=batch_first)
+        self.norm, self.need_weights = nn.LayerNorm(24), need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.attention(h, h, h, need_weights=self.need_weights)[0]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_torch_attention_has_its_axes_apart(need_weights: bool) -> None:
+    model = quietly(lambda: ManyAttentions(batch_first=True, need_weights=need_weights)).eval()
+    graph = capture(model, (example(2),))
+    (site,) = graph.sites
+    assert (site.role, site.heads, site.head_dim) == ("stream", HEADS, 12)
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor):
+            assert not any("*" in str(size) for size in value.shape), f"{node.name} folds axes: {value.shape}"
+    with torch.no_grad():
+        torch.testing.assert_close(graph.program.module()(example(3)), model(example(3)))
+
+
 TABLE = torch.full((1, HEADS, 1, 1), 0.5)
 MISSED: dict[str, tuple[Callable[..., Any], str]] = {
     "probabilities returned": (
@@ -142,9 +232,17 @@ MISSED: dict[str, tuple[Callable[..., Any], str]] = {
         "the logits are scaled (at mul) after a mask was applied (at add)",
     ),
     "softmax over queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "the softmax is over axis -2"),
-    "heads in the batch": (
-        lambda q, k, v: (q.flatten(0, 1) @ k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1),
-        "its logits have 3 axes, not 4 (batch, heads, queries, keys)",
+    "heads outside the batch": (
+        lambda q, k, v: (outside(q) @ outside(k).mT).softmax(-1) @ outside(v),
+        "its heads are folded into the batch in a way that is not known",
+    ),
+    "five axes": (
+        lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None],
+        "its logits have 5 axes, not 4 (batch, heads, queries, keys)",
+    ),
+    "scaled after a folded bias": (
+        lambda q, k, v: unfold((torch.baddbmm(BIAS[0, :1], fold(q), fold(k).mT) * 2).softmax(-1) @ fold(v)),
+        "the logits are scaled after a bias was added (at baddbmm)",
     ),
     "learned scale": (lambda q, k, v: (q @ k.mT * TABLE).softmax(-1) @ v, "stands between the product"),
     "capped after a mask": (
@@ -171,9 +269,34 @@ def test_near_misses_are_explained(name: str) -> None:
     attend, reason = MISSED[name]
     graph = captured(attend)
     assert attentions(graph) == []
-    ((node, text),) = find_near_misses(graph)
-    assert "softmax" in node
-    assert reason in text
+    (miss,) = find_near_misses(graph)
+    assert "softmax" in miss.node
+    assert reason in miss.reason
+
+
+def test_a_model_whose_attention_is_not_known_is_told_how_far_it_got() -> None:
+    """DeBERTa adds products with position vectors to its logits before the heads get their axis."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}
+    positions = {"max_position_embeddings": 32, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    model = quietly(lambda: DebertaV2Model(DebertaV2Config(**sizes, **positions, vocab_size=60))).eval()
+    args, kwargs = FAMILIES["bert"].inputs(2)
+    with pytest.raises(UnknownAttention) as error:
+        capture(model, args, kwargs)
+    assert "2 softmax(es) look like attention" in str(error.value)
+    assert "modeling_deberta_v2.py" in str(error.value)
+    assert "(aten.reshape) stands between the product of queries and keys and the softmax" in str(error.value)
+
+
+def test_the_reason_that_got_furthest_is_told() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = (q @ k.mT).softmax(-2) @ v
+        return torch.tanh(q @ k.mT + first @ first.mT).softmax(-1) @ v + (q @ k.mT).softmax(-2) @ first
+
+    misses = find_near_misses(captured(attend))
+    assert len(misses) == 3
+    assert max(misses).reason == "the logits are capped after a mask was applied (at add)"
 
 
 def test_looking_for_near_misses_changes_nothing() -> None:
