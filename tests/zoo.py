@@ -113,6 +113,7 @@ FAMILIES = {
         Family("beitv2", timm_model("beitv2_base_patch16_224", **_SMALL), image_inputs(64), 1, 17, oracle="timm_beit"),
         Family("hf_dinov3", hf_dinov3, image_inputs(64, "pixel_values"), 3, 19, oracle="hf_dinov3"),
         Family("hf_beit", hf_beit, image_inputs(64, "pixel_values"), 1, 17, oracle="hf_beit"),
+        Family("hf_siglip", hf_siglip, image_inputs(64, "pixel_values"), 0, 16, oracle="hf_siglip", without=("evit",)),
         Family("hf_vit", hf_vit, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("hf_vit_classifier", hf_vit_classifier, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("clip_vision", clip_vision, image_inputs(80, "pixel_values"), 1, 26, oracle="clip"),
