@@ -193,11 +193,10 @@ def _value(text: str) -> Any:
 
 
 def _show(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "none"}[value]
-        if isinstance(value, bool | None)
-        else str(value).replace(" ", "")
-    )
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "none"}[value]
+    value = list(value) if isinstance(value, tuple) else value
+    return str(value).replace(" ", "")
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -16,6 +16,7 @@ import doctest
 import io
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,12 @@ class Page:
         if command == "echo $?":
             code, self.code = self.code, 0
             return f"{code}\n"
+        if "--plugin" in command:  # the page has imported the plug-in itself, and a name is registered once
+            command = f"{sys.executable} -m tamis{command.removeprefix('optimize-model')}"
         if not command.startswith("optimize-model "):
-            done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+            )
             return done.stdout
         from tamis.runtime.cli import main
 
