@@ -1,12 +1,13 @@
 """What token reduction costs in accuracy, beside random drop at the same token counts.
 
-    python benchmarks/accuracy.py [--scenes 300] [--only digits] [--only retrieval] [--render]
+    python benchmarks/accuracy.py [--only digits] [--methods tome,evit] [--scenes 300]
+    python benchmarks/accuracy.py --render
 
 Two trained models: a small ViT of our own (`digits/`) on held-out scenes, and MiniLM with its real weights on retrieval
 (`retrieval.py`).  Every registered method runs at the same keep ratios and at the same FLOPs; what keep ratio means is
 the method's own affair, so the token counts are in the table.  Seeds: scenes are drawn three times; whatever draws at
-random, the control above all, is drawn three times too.  Results go to results/accuracy.json and from there into
-docs/accuracy.md; `--render` only writes the page.
+random, the control above all, is drawn three times too.  Results go to results/accuracy.json, where they take the place
+of those of the same methods, and from there into docs/accuracy.md; `--render` only writes the page.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RESULT, PAGE = HERE / "results" / "accuracy.json", HERE.parent / "docs" / "accur
 SEEDS = (0, 1, 2)
 
 
-def measure(task: Any, prepared: Any, groups: tuple[int, ...]) -> dict[str, Any]:
+def measure(task: Any, prepared: Any, groups: tuple[int, ...], only: list[str]) -> dict[str, Any]:
     """Dense scores and one row per method and level; `groups` are the series of data that the task has."""
     from reductions import levels, methods
 
@@ -37,6 +38,8 @@ def measure(task: Any, prepared: Any, groups: tuple[int, ...]) -> dict[str, Any]
     dense = [task.score(task.model, group) for group in groups]
     rows = []
     for cls in methods():
+        if only and cls.name not in only:
+            continue
         try:
             chosen = levels(lambda ratio, cls=cls: cls(keep_ratio=ratio), prepared)
         except TamisError as error:
@@ -100,7 +103,7 @@ def verdict(row: dict[str, Any]) -> str:
     return "better" if mean > 0 else "**loses to the control**"
 
 
-def digits(scenes: int) -> dict[str, Any]:
+def digits(scenes: int, only: list[str]) -> dict[str, Any]:
     """The digits ViT on held-out scenes."""
     import hashlib
 
@@ -110,18 +113,18 @@ def digits(scenes: int) -> dict[str, Any]:
     from tamis.runtime.api import prepare
 
     task = Digits(scenes)
-    found = measure(task, prepare(task.model, (task.example(),)), SEEDS)
+    found = measure(task, prepare(task.model, (task.example(),)), SEEDS, only)
     return {"scenes": scenes, "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), **found}
 
 
-def retrieval() -> dict[str, Any]:
+def retrieval(only: list[str]) -> dict[str, Any]:
     """MiniLM on halves of paragraphs."""
     from retrieval import PARAGRAPHS, Retrieval
 
     from tamis.runtime.api import prepare
 
     task = Retrieval()
-    found = measure(task, prepare(task.model, (), task.example()), (0,))
+    found = measure(task, prepare(task.model, (), task.example()), (0,), only)
     return {"paragraphs": PARAGRAPHS, "example_tokens": task.example()["input_ids"].shape[1], **found}
 
 
@@ -138,26 +141,53 @@ def facts(command: str) -> dict[str, Any]:
     }
 
 
+def merged(old: dict[str, Any], new: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """New rows in the place of the old ones of the same methods; `runs` says of every method where its rows are from.
+
+    Old rows of other data or another model (anything but rows and runs differs) are thrown away.
+    """
+    names = {row["method"] for row in new["rows"]}
+    same = {k: v for k, v in old.items() if k not in ("rows", "runs")} == {k: v for k, v in new.items() if k != "rows"}
+    kept = [row for row in old["rows"] if row["method"] not in names] if same else []
+    rows = sorted([*kept, *new["rows"]], key=lambda row: row["method"])
+    runs = {row["method"]: run if row["method"] in names else old["runs"][row["method"]] for row in rows}
+    return {**new, "rows": rows, "runs": runs}
+
+
 def main() -> None:
     """Measure what was asked for, keep the rest of the result file, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes per seed (default: %(default)s)")
     parser.add_argument("--only", choices=("digits", "retrieval"), help="measure one of the two")
+    parser.add_argument("--methods", default="", help="names with commas between them (default: all)")
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page from the result file")
     options = parser.parse_args()
     from accuracy_page import rendered
 
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    tasks = {"digits": lambda: digits(options.scenes), "retrieval": retrieval}
+    only = [name for name in options.methods.split(",") if name]
+    tasks = {"digits": lambda: digits(options.scenes, only), "retrieval": lambda: retrieval(only)}
     for name, run in tasks.items():
         if not options.render and options.only in (None, name):
             import torch
 
             torch.set_num_threads(1)
-            command = f"python benchmarks/accuracy.py --only {name} --scenes {options.scenes}"
-            found[name] = {**facts(command), **run()}
+            new = run()
+            found = results()  # as late as possible: another run may have written
+            found[name] = merged(
+                found.get(name, {}), new, facts("python benchmarks/accuracy.py " + _words(name, options))
+            )
             RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    PAGE.write_text(rendered(PAGE.read_text(), found))
+    PAGE.write_text(rendered(PAGE.read_text(), results()))
+
+
+def results() -> dict[str, Any]:
+    """The result file; {} where there is none."""
+    return json.loads(RESULT.read_text()) if RESULT.exists() else {}
+
+
+def _words(name: str, options: argparse.Namespace) -> str:
+    methods = f" --methods {options.methods}" if options.methods else ""
+    return f"--only {name}{methods}" + (f" --scenes {options.scenes}" if name == "digits" else "")
 
 
 if __name__ == "__main__":

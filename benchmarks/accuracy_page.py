@@ -64,5 +64,9 @@ def _score(value: dict[str, float]) -> str:
 
 
 def _source(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"`{result['command']}`, {result['date']}, {result['machine']}; {versions}; commit {result['commit'][:7]}."
+    """One line per run: its command, date, machine, versions and commit."""
+    lines = []
+    for run in result["runs"].values():
+        versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+        lines.append(f"`{run['command']}`, {run['date']}, {run['machine']}; {versions}; commit {run['commit'][:7]}.")
+    return "\n\n".join(dict.fromkeys(lines))
