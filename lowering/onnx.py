@@ -80,7 +80,8 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
     """The program as an ONNX model in memory; `path` is what errors call it."""
     symbolic, functions = symbolic_program(program)
     try:
-        with _quiet():
+        # under gradients torch chooses another kernel for attention with a learned bias, and with it other strides
+        with torch.no_grad(), _quiet():
             exported = torch.onnx.export(
                 symbolic,
                 dynamo=True,

@@ -21,6 +21,9 @@ BUDGET = 1e-4
 
 def run_file(path: Path | str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+ZOO += ["roberta", "t5_encoder", "modernbert"]
+ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
+CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
     names = [given.name for given in session.get_inputs()]
     return session.run(None, {name: feeds[name] for name in names})
 
