@@ -126,7 +126,7 @@ def _ranges(program: ExportedProgram, graph: fx.Graph) -> dict[Any, Any]:
     """The program's constraints and the ranges of symbols that only the new graph has (token counts)."""
     ranges = dict(program.range_constraints)
     known = _symbol_ranges(graph)
-    for symbol in _symbols(graph):
+    for symbol in sorted(_symbols(graph), key=str):  # their order is written to files
         if symbol not in ranges and symbol in known:
             ranges[symbol] = known[symbol]
     return ranges

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from torch import Tensor
 from ..counts import CountRule
 
 _ALL_SYMBOLIC: ContextVar[bool] = ContextVar("tamis_all_counts_symbolic", default=False)
-_NUMBER = itertools.count()
+# Per ShapeEnv, so that names, which files hold, do not depend on what was captured before.
+_NUMBERS: WeakKeyDictionary[Any, itertools.count[int]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -63,7 +65,8 @@ def backed_symbol(shape_env: Any, value: int) -> torch.SymInt:
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    source, value = ConstantSource(f"__tamis_count_{next(_NUMBER)}"), max(value, 2)
+    number = next(_NUMBERS.setdefault(shape_env, itertools.count()))
+    source, value = ConstantSource(f"__tamis_count_{number}"), max(value, 2)
     symbol = shape_env.create_symbol(
         value,
         source,

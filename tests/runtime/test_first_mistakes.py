@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from zoo import FAMILIES
 
 import tamis
-from tamis.errors import BadParameter, InputMismatch, NothingChanged, TargetMissing, UnknownOutputFormat
+from tamis.errors import (
+    BadParameter,
+    InputMismatch,
+    NothingChanged,
+    TargetMissing,
+    UnknownOutputFormat,
+    UnknownParameter,
+)
+from tamis.passes import EViT, ToMe
 from tamis.runtime.compiled import CompiledModel
 
 
@@ -62,3 +71,43 @@ def test_parameters_of_the_wrong_kind(passes: str, text: str) -> None:
     family = FAMILIES["vit_small"]
     with pytest.raises(BadParameter, match=text):
         tamis.compile(family.shared(), family.inputs(2)[0], passes=passes)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ToMe(ratio=0.3), "tome: no parameter 'ratio'.\n  hint: write keep_ratio=0.7"),
+        (lambda: ToMe(keep_rate=0.3), "tome: no parameter 'keep_rate'.\n  hint: write keep_ratio=0.3"),
+        (lambda: EViT(layer=[1]), "evit: no parameter 'layer'; did you mean layers?"),
+    ],
+)
+def test_parameters_in_python(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(UnknownParameter) as caught:
+        make()
+    assert text in str(caught.value)
+
+
+def test_one_tensor_instead_of_a_tuple(fast: CompiledModel) -> None:
+    family = FAMILIES["vit_small"]
+    (images,), _ = family.inputs(2)
+    bare = tamis.compile(family.shared(), images, passes="tome:r=3", verify=False)
+    assert torch.equal(bare(images), fast(images))
+
+
+def test_no_passes_at_all() -> None:
+    family = FAMILIES["vit_small"]
+    with pytest.raises(BadParameter, match=r'passes must be given, got none.\n  hint: for example "tome:r=13"'):
+        tamis.compile(family.shared(), family.inputs(2)[0])
+
+
+def test_ids_that_the_vocabulary_does_not_have() -> None:
+    """The example is a note (the result may be right all the same), data to verify or time on is an error."""
+    family = FAMILIES["bert"]
+    args, kwargs = family.inputs(2)
+    wrong = {**kwargs, "input_ids": kwargs["input_ids"] + 10**6}
+    fast = tamis.compile(family.model(layers=1), args, kwargs=wrong, passes="tome:r=3")
+    (note,) = [note for note in fast.report.notes if note.startswith("not compared with the original: ")]
+    assert "the original model must run on these inputs, got IndexError" in note
+    for ask in (fast.verify, fast.benchmark, fast.run_original):
+        with pytest.raises(InputMismatch, match="check token ids against the vocabulary"):
+            ask(**wrong)

@@ -11,7 +11,7 @@ from zoo import FAMILIES
 import tamis
 from tamis.counts import CountRule
 from tamis.graph import Layer, Mask, Site, TokenGraph
-from tamis.report import flops_text
+from tamis.report import LayerRow, Report, flops_text
 from tamis.rewrite import Outcome
 from tamis.runtime import ledger
 from tamis.runtime.inputs import symbols_of
@@ -63,6 +63,7 @@ def test_a_reduction_of_a_dynamic_length_is_predicted_and_measured() -> None:
     fast = tamis.compile(family.model(layers=2), args, kwargs=kwargs, passes="tome:r=4")
     rows = [(row.tokens_in, row.tokens_out, row.measured) for row in fast.report.layers]
     assert rows == [(20, 16, 20), (16, 12, 16)]
+    assert fast.report.table()[0] == ("layer", "tokens in", "out", "FLOPs before", "after")
     before, after = ([getattr(row, f"flops_{when}") for row in fast.report.layers] for when in ("before", "after"))
     assert before[0] == before[1]  # equal layers
     assert after[0] < before[0]
@@ -81,3 +82,17 @@ def test_symbols() -> None:
     graph = toy_graph()
     values: dict[Any, int] = symbols_of(graph.program, toy_call(batch=3, length=7))
     assert sorted(values.values()) == [3, 7]
+
+
+def test_measured_tokens_are_shown_where_they_differ() -> None:
+    rows = (LayerRow(0, "a", 20, 16, 20), LayerRow(1, "b", 16, 12, 15), LayerRow(2, "c", None, None, 11))
+    report = Report("toy", ("x",), layers=rows[:1])
+    assert report.table() == [("layer", "tokens in", "out", "FLOPs before", "after"), ("0", "20", "16", "?", "?")]
+    surprised = report.with_changes(layers=rows)
+    assert surprised.table()[0][3] == "measured in"
+    assert [row[1:4] for row in surprised.table()[1:]] == [("20", "16", "20"), ("16", "12", "15"), ("?", "?", "11")]
+    assert str(surprised).splitlines()[1:3] == [
+        "layer  tokens in  out  measured in  FLOPs before  after",
+        "    0         20   16           20             ?      ?",
+    ]
+    assert str(Report("toy", ("x",))) == "toy: x"
