@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels.attention import ATTENTION
+from .attention_operands import factor_of, guarded, keys_of, without_scale
 from .folded import NotFolded, Unfolder
-from .nodes import MOVES, RESHAPES, axis_order, new_node, op_of, same_shape
+from .nodes import RESHAPES, new_node, op_of, same_shape
 
 aten = torch.ops.aten
 Mask = tuple[str, Any, Any]  # ("add", None, bias) or ("fill" / "keep", condition, value at hidden / other keys)
@@ -35,6 +36,7 @@ class Match:
     softcap: float | None = None  # the logits x are softcap * tanh(x / softcap)
     masks: list[Mask] = field(default_factory=list)
     unfolder: Unfolder | None = None  # where heads are folded into the batch
+    zeros: bool = False  # whether a query without any key gets zeros
 
 
 @dataclass(order=True, unsafe_hash=True)
@@ -56,9 +58,10 @@ def raise_attention(graph: fx.Graph) -> list[fx.Node]:
 
     The pattern is softmax over the last axis of `q @ k^T` of q and k with a head axis, or with heads folded into the
     batch axis by a reshape (they get their axis back); with any of: scaling of q, k or the logits by numbers; a soft
-    cap (tanh); masks and biases added, filled in or selected; casts around the softmax; `@ v`.  The probabilities must
-    have no other use.  The node is scaled_dot_product_attention, or with a soft cap tamis.attention, with `scale` and
-    `attn_mask` (additive, in q's dtype; boolean masks get the model's own negative value, so that rows stay finite).
+    cap (tanh); masks and biases added, filled in or selected; casts around the softmax, and zeros for rows without any
+    key; `@ v`.  The probabilities must have no other use.  The node is scaled_dot_product_attention, or with a soft
+    cap tamis.attention, with `scale` and `attn_mask` (additive, in q's dtype; boolean masks get the model's own
+    negative value, so that rows stay finite).
 
     Returns the new nodes.  See `find_near_misses` for those that do not fit.
     """
@@ -91,7 +94,8 @@ def _match(softmax: fx.Node) -> Match | None:
     """The attention around a softmax; None if it is no attention; raises NearMiss."""
     if op_of(softmax) not in SOFTMAXES or not isinstance(softmax.args[0], fx.Node):
         return None
-    out = _product(softmax)
+    probabilities = guarded(softmax)
+    out = _product(probabilities)
     if out is None:
         return None
     dims = _value(softmax).ndim
@@ -99,19 +103,20 @@ def _match(softmax: fx.Node) -> Match | None:
         raise NearMiss(1, f"the softmax is over axis {softmax.args[1]}, not the last one")
     if dims not in (3, 4):
         raise NearMiss(1, f"its logits have {dims} axes, not 4 (batch, heads, queries, keys)")
-    _require_unused(softmax, out)
+    _require_unused(probabilities, out)
     product, masks, scale, softcap = _logits(softmax.args[0])
     if not same_shape(_value(softmax).shape, _value(out.args[0]).shape):
         raise NearMiss(4, f"the probabilities are reshaped before they meet the values (at {out.name})")
-    q, q_scale = _scaled(product.args[-2])
-    k, transposed, k_scale = _keys(product.args[-1])
+    q, q_scale = without_scale(product.args[-2])
+    k, transposed, k_scale = keys_of(product.args[-1])
     v = out.args[1]
     if len({_value(x).dtype for x in (q, k, v)}) > 1:
         raise NearMiss(4, "queries, keys and values have different types")
     if any(_value(x).ndim != dims for x in (q, k, v)):
         raise NearMiss(4, f"queries, keys and values do not all have {dims} axes")
     unfolder = _unfolder(q, k, v, out, masks) if dims == 3 else None
-    return Match(q, k, transposed, v, out, scale * q_scale * k_scale, softcap, masks, unfolder)
+    scale, zeros = scale * q_scale * k_scale, probabilities is not softmax
+    return Match(q, k, transposed, v, out, scale, softcap, masks, unfolder, zeros)
 
 
 def _unfolder(q: fx.Node, k: fx.Node, v: fx.Node, out: fx.Node, masks: list[Mask]) -> Unfolder:
@@ -155,7 +160,7 @@ def _logits(node: Any) -> tuple[fx.Node, list[Mask], float, float | None]:
     masks: list[Mask] = []
     scale, scaled, softcap = 1.0, "", None
     while op_of(node) not in PRODUCTS:
-        factor = _factor(node)
+        factor = factor_of(node)
         if factor is not None:
             scale, scaled = scale * factor, node.name
             node = node.args[0]
@@ -222,42 +227,6 @@ def _leads_to_product(node: Any) -> bool:
     return False
 
 
-def _scaled(node: Any) -> tuple[fx.Node, float]:
-    """The value without the numbers it is multiplied by, and their product."""
-    factor = _factor(node)
-    if factor is not None:
-        inside, more = _scaled(node.args[0])
-        return inside, factor * more
-    return node, 1.0
-
-
-def _keys(node: Any) -> tuple[fx.Node, bool, float]:
-    """(keys, whether they are still transposed, scale) from the right operand of the product."""
-    node, scale = _scaled(node)
-    if not _is_transposed(node):
-        return node, True, scale
-    inside, more = _scaled(node.args[0])
-    return inside, False, scale * more
-
-
-def _factor(node: Any) -> float | None:
-    if (
-        op_of(node) in {"aten.mul", "aten.div"}
-        and isinstance(node.args[1], int | float)
-        and "rounding_mode" not in node.kwargs
-    ):
-        return float(node.args[1]) if op_of(node) == "aten.mul" else 1.0 / float(node.args[1])
-    return None
-
-
-def _is_transposed(node: Any) -> bool:
-    """Whether the node swaps the last two axes of its argument."""
-    if op_of(node) not in MOVES:
-        return op_of(node) == "aten.mT"
-    *others, a, b = range(_value(node).ndim)
-    return axis_order(node) == [*others, b, a]
-
-
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +270,7 @@ def _additive(graph: fx.Graph, match: Match) -> fx.Node | None:
             value = new_node(match.out, aten.where.Scalar, (condition, *values))
         term = _cast(graph, value, match)
         total = term if total is None else new_node(match.out, aten.add.Tensor, (total, term))
-    if len(match.masks) < 2 or total is None:
+    if len(match.masks) < 2 or total is None or match.zeros:
         return total
     # two masks may add up to -inf, and a row of nothing else to NaN, where filling twice stays finite
     return new_node(match.out, aten.clamp.default, (total, torch.finfo(_value(match.q).dtype).min))

@@ -105,7 +105,7 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
     below, joined = {attention}, False
     for node in sorted(descendants(attention), key=order.__getitem__):
         inside = [a for a in node.all_input_nodes if a in below]
-        outside = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in below]
+        outside = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in below and not _is_bias(a)]
         if node.target in ADDS and inside and len(outside) == 1 and outside[0] in above:
             value = outside[0].meta["val"]
             if value.dim() != 3:
@@ -119,6 +119,11 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             joined = True
         below.add(node)
     return "its result is not added to a value it was computed from"
+
+
+def _is_bias(node: fx.Node) -> bool:
+    """Whether a node is a weight of one axis, which several layers may share."""
+    return node.op == "placeholder" and node.meta["val"].dim() < 2
 
 
 def _side_role(by_name: dict[str, fx.Node], site: Site) -> str:

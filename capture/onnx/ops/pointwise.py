@@ -139,6 +139,8 @@ def average(*xs: Tensor) -> Tensor:
 def where(condition: Tensor, x: Value, y: Value) -> Tensor:
     """x where the condition holds, else y."""
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+        if x.data.ndim == y.data.ndim == 0 and x.dtype == torch.float32:
+            return torch.where(condition, x.number(), y.number())
         x, y = tensor(x), tensor(y)
     return torch.where(condition, *operands(x, y))
 
