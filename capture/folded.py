@@ -1,7 +1,7 @@
-"""Folded axes, set apart again: heads in the batch axis of attention, tokens in the batch axis of a linear layer.
+"""Heads folded into the batch axis of attention, set apart again.
 
-`nn.MultiheadAttention` and older models compute attention on [batch * heads, tokens, channels], and its projection on
-[tokens * batch, channels].  Unfolded, both look as they do everywhere else, and each axis keeps its meaning.
+`nn.MultiheadAttention` and older models compute attention on [batch * heads, tokens, channels].  Unfolded, it looks as
+it does everywhere else, and each axis keeps its meaning.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .flat_rows import unflatten_rows
 from .nodes import MOVES, RESHAPES, axis_order, expression, new_node, op_of
 
 aten = torch.ops.aten
@@ -110,13 +111,12 @@ def set_axes_apart(graph: fx.Graph) -> None:
     """Undo foldings of the batch axis that are undone later anyway, in place; dead nodes are left where they are.
 
     Heads: a reshape to [batch, heads, ...] that follows one to [batch * heads, ...], with axes moved between them.
-    Tokens: linear layers between a reshape to [tokens * batch, C] and one to [tokens, batch, D].
+    Tokens: see `unflatten_rows`.
     """
     for node in list(graph.nodes):
         if op_of(node) in RESHAPES:
             _unfold_where_split(node)
-        elif op_of(node) == "aten.linear":
-            _unflatten_linear(node)
+    unflatten_rows(graph)
 
 
 def _unfold_where_split(node: fx.Node) -> None:
@@ -134,28 +134,6 @@ def _unfold_where_split(node: fx.Node) -> None:
     if after[axis : axis + 2] == [unfolder.batch, unfolder.heads]:
         with node.graph.inserting_before(node):
             node.replace_all_uses_with(unfolder.unfold(inside, axis))
-
-
-def _unflatten_linear(node: fx.Node) -> None:
-    """Take a linear layer's input apart before the layer where its output is taken apart after it.
-
-    %f = reshape(%x, [N * B, C]); %y = linear(%f, ..); reshape(%y, [N, B, D])  ->  linear(reshape(%x, [N, B, C]), ..)
-    """
-    flat: Any = node.args[0]
-    channels = flat.meta["val"].shape[-1]
-    if op_of(flat) not in RESHAPES or not isinstance(channels, int):
-        return
-    for user in list(node.users):
-        if op_of(user) in RESHAPES and _takes_rows_apart(user, node):
-            sizes: Any = user.args[1]
-            with node.graph.inserting_before(user):
-                rows = new_node(flat, aten.reshape.default, (flat.args[0], [*sizes[:-1], channels]))
-                user.replace_all_uses_with(new_node(node, aten.linear.default, (rows, *node.args[1:])))
-
-
-def _takes_rows_apart(user: fx.Node, linear: fx.Node) -> bool:
-    before, after = linear.meta["val"].shape, user.meta["val"].shape
-    return len(before) == 2 < len(after) and expression(before[-1]) == expression(after[-1])
 
 
 def _with_pair(order: list[int], axis: int) -> list[int]:

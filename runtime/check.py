@@ -86,6 +86,7 @@ def _site(site: Site, layer: Layer | None) -> dict[str, Any]:
         "role": site.role,
         "heads": f"{grouped} x {site.head_dim}",
         "mask": _mask(site),
+        "soft cap": "" if site.softcap is None else site.softcap,
         "layer": "" if layer is None else layer.index,
         "cuts": "" if layer is None else ", ".join(_cuts(layer)),
         "rope": "yes" if site.k_before_rope else "",

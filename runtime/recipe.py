@@ -99,7 +99,7 @@ class Recipe:
                 raise RecipeInvalid(path=path, reason=f"'{key}' is {_kind(value)}, not a mapping")
         _refuse_unknown(values["options"], OPTIONS, path, "option")
         return Recipe(
-            passes=_pass_texts(data.get("passes"), path),
+            passes=_pass_texts(data.get("passes"), path, may_be_none=bool(values["options"].get("allow_noop"))),
             model=data.get("model"),
             options=dict(values["options"]),
             plugins=_texts(values["plugins"]),
@@ -149,9 +149,9 @@ def _data_in(path: Path) -> Any:
         raise RecipeInvalid(path=path, reason=" ".join(str(error).split())) from error
 
 
-def _pass_texts(passes: Any, path: str) -> tuple[str, ...]:
+def _pass_texts(passes: Any, path: str, *, may_be_none: bool) -> tuple[str, ...]:
     passes = [passes] if isinstance(passes, str) else passes
-    if not isinstance(passes, list) or not passes:
+    if not isinstance(passes, list) or not (passes or may_be_none):
         raise RecipeInvalid(path=path, reason="'passes' is missing or not a list")
     return tuple(_pass_text(one, path) for one in passes)
 
