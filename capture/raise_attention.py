@@ -234,6 +234,8 @@ def _emit(graph: fx.Graph, match: Match) -> fx.Node:
     with graph.inserting_before(match.out):
         match = _with_heads_apart(match)
         mask = _additive(graph, match)
+        if mask is not None and mask.meta["val"].dim() < 2:  # a bias [keys], the same for every query
+            mask = new_node(match.out, aten.unsqueeze.default, (mask, 0))
         k = new_node(match.out, aten.transpose.int, (match.k, -2, -1)) if match.transposed else match.k
         if match.softcap is None:
             kwargs = {"scale": match.scale} if mask is None else {"attn_mask": mask, "scale": match.scale}

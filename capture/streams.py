@@ -135,7 +135,10 @@ def _slice(node: fx.Node, known: dict[fx.Node, Places]) -> Places | None:
 def _cat(node: fx.Node, known: dict[fx.Node, Places]) -> Places | None:
     """Tokens that lost their first ones get as many in front again; pieces joined along another axis leave them."""
     pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    axis = int(node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()  # type: ignore[call-overload]
+    rank = node.meta["val"].dim()
+    if any(piece.meta["val"].dim() != rank for piece in pieces):  # empty tensors of one axis may stand among others
+        return None
+    axis = int(node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[call-overload]
     last = known.get(pieces[-1])
     if last is not None and last.axes == (axis,):
         in_front = [piece.meta["val"].shape[axis] for piece in pieces[:-1]]

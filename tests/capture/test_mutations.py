@@ -34,7 +34,7 @@ class Block(nn.Module):
         else:
             logits = q @ k.transpose(-1, -2) * (CHANNELS // HEADS) ** -0.5
             if self.kind == "logits":
-                logits[:] = logits + torch.eye(TOKENS, dtype=x.dtype)
+                logits[:] = logits + torch.arange(TOKENS, dtype=x.dtype)
             y = logits.softmax(-1) @ v
         x = x + self.out(y.transpose(1, 2).reshape(x.shape))
         if self.kind == "tokens":
