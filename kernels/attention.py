@@ -14,7 +14,8 @@ softcap   float            bound of the logits (Gemma 2), > 0; None: they have n
 
 One call of torch's scaled_dot_product_attention (with its precision), which gets the bias as a [B, 1, 1, M] mask, never
 N x N unless `mask` or `causal` is; with a soft cap, which that function does not know, the logits are.  A query that
-sees no key at all: unspecified, except that other queries are not touched.  Raises nothing of its own.
+sees no key at all gets finite numbers, otherwise unspecified, and other queries are not touched.  Raises nothing of its
+own.
 Source: methods 0.7 and 1.4 (i).
 """
 
@@ -63,7 +64,9 @@ def reference(
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, bias: MaybeTensor, scale: float, softcap: float) -> Tensor:
     logits = torch.tanh(grouped_logits(q, k, scale) / softcap) * softcap
-    weights = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(-1)
+    if bias is not None:
+        logits = (logits + bias.to(logits.dtype)).clamp(min=torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1)
     batch, heads, rows, keys = weights.shape
     grouped = weights.reshape(batch, v.shape[1], heads // v.shape[1] * rows, keys)
     return (grouped @ v.to(weights.dtype)).reshape(batch, heads, rows, v.shape[3]).to(q.dtype)
@@ -136,7 +139,9 @@ def AttentionMasked(q, k, v, key_bias, mask, scale: float, causal: int):
     column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
     hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
     lowest = op.Constant(value_float=float("-inf"))
-    logits = op.Where(hidden, lowest, biased + op.Cast(mask, to=1))
+    # a query that sees no key gets finite numbers: as NaN it would spoil every query of the next layer, weight 0 or not
+    finite = op.Constant(value_float=-3.4028234663852886e38)
+    logits = op.Max(op.Where(hidden, lowest, biased + op.Cast(mask, to=1)), finite)
     together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
     mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
     shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
@@ -157,7 +162,8 @@ def AttentionCapped(q, k, v, key_bias, mask, scale: float, causal: int, softcap:
     column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
     hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
     lowest = op.Constant(value_float=float("-inf"))
-    logits = op.Where(hidden, lowest, biased + op.Cast(mask, to=1))
+    finite = op.Constant(value_float=-3.4028234663852886e38)  # as in AttentionMasked
+    logits = op.Max(op.Where(hidden, lowest, biased + op.Cast(mask, to=1)), finite)
     together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
     mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
     shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)

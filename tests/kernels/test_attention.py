@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from onnx_call import run_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import sdpa_flop_count
 
@@ -117,3 +118,18 @@ def test_the_flop_count_is_that_of_torch():
     c = case(4, 4, 7, 7)
     shapes = [c[name].shape for name in "qkv"]
     assert ATTENTION.flops(*shapes, None, None, 0.3, False) == sdpa_flop_count(*shapes) == 2 * 2 * 2 * 4 * 7 * 7 * 8
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_query_that_sees_no_key_stays_a_number(cap):
+    """As NaN it would spoil all queries of the next layer, whose weight of 0 for it changes nothing; in ONNX too."""
+    c = case(4, 2, 5, 5)
+    seen = c[SEEN].clone()
+    seen[0, :, 2] = False
+    args = c["q"], c["k"], c["v"], c["bias"], seen, 0.25, False, cap
+    reference = attend(*args)
+    (from_onnx,) = run_call(ATTENTION.onnx(*args), [reference])
+    assert reference.isfinite().all()
+    assert from_onnx.isfinite().all()
+    others = [row for row in range(5) if row != 2]
+    torch.testing.assert_close(from_onnx[0][:, others], reference[0][:, others], rtol=1e-5, atol=1e-6)
