@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,20 +11,24 @@ import onnxruntime
 import pytest
 import torch
 from rewriting import rewritten
+from torch.export import ExportedProgram
 from zoo import FAMILIES
+from zoo_text import CLIP_TEXT
 
+from tamis.capture import capture
 from tamis.lowering.onnx import export_onnx
+from tamis.rewrite import Pipeline
 
 METHODS = ["tome:r=3", "evit:keep_ratio=0.6,layers=[0,1]", "random:keep_ratio=0.7,layers=[1]"]
 ZOO = ["vit_small", "deit_distilled", "deit3_small", "dinov2_reg4", "hf_vit", "clip_vision", "bert"]
+ZOO += ["roberta", "t5_encoder", "modernbert"]
+ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
+CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
 BUDGET = 1e-4
 
 
 def run_file(path: Path | str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-ZOO += ["roberta", "t5_encoder", "modernbert"]
-ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
-CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
     names = [given.name for given in session.get_inputs()]
     return session.run(None, {name: feeds[name] for name in names})
 
@@ -44,22 +49,37 @@ def assert_equal(got: list[np.ndarray], expected: list[torch.Tensor]) -> None:
         assert np.linalg.norm(have - want) <= BUDGET * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ZOO)
-def test_onnx_runtime_equals_torch_at_another_batch_and_length(name: str, method: str, tmp_path: Path) -> None:
-    program = rewritten(name, method, torch.float32).graph.program
-    path = tmp_path / "model.onnx"
+def assert_file_equals(program: ExportedProgram, inputs: list[Any], path: Path) -> set[str]:
+    """ONNX Runtime on the file of a program equals the program on each of `inputs`; the tamis functions it calls."""
     export_onnx(program, path)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {f.domain for f in model.functions} >= {"tamis"}
-    called = {node.op_type for node in model.graph.node if node.domain == "tamis"}
-    assert called & {"BipartiteMatch", "BipartiteMatchMasked", "SelectTokens", "SelectTokensMasked"}
-    for batch, length in ((1, 9), (5, 23)):
-        args, kwargs, feeds = feeds_of(name, batch, length)
+    for args, kwargs, feeds in inputs:
         with torch.no_grad():
             expected = torch.utils._pytree.tree_leaves(program.module()(*args, **kwargs))
         assert_equal(run_file(path, feeds), expected)
+    return {node.op_type for node in model.graph.node if node.domain == "tamis"}
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_onnx_runtime_equals_torch_at_another_batch_and_length(name: str, method: str, tmp_path: Path) -> None:
+    program = rewritten(name, method, torch.float32).graph.program
+    inputs = [feeds_of(name, batch, length) for batch, length in ((1, 9), (5, 23))]
+    called = assert_file_equals(program, inputs, tmp_path / "model.onnx")
+    assert called & {"BipartiteMatch", "BipartiteMatchMasked", "SelectTokens", "SelectTokensMasked"}
+
+
+def test_onnx_runtime_equals_torch_under_causal_attention(tmp_path: Path) -> None:
+    model = CLIP_TEXT.shared()
+    graph = capture(model, (), CLIP_TEXT.inputs(2)[1])
+    program = Pipeline.parse("tome:r=3,causal=true").run(graph).graph.program
+    inputs = []
+    for batch, length, padding in ((1, 9, "right"), (5, 23, "right"), (3, 20, "left")):
+        _, kwargs = CLIP_TEXT.inputs(batch, length=length, padding=padding)
+        inputs.append(((), kwargs, {key: value.numpy() for key, value in kwargs.items()}))
+    called = assert_file_equals(program, inputs, tmp_path / "model.onnx")
+    assert called >= {"BipartiteMatchMasked", "OrderSlots", "AttentionMasked"}
 
 
 @pytest.mark.parametrize("inline", [False, True])
@@ -86,7 +106,7 @@ def test_a_merge_never_becomes_an_overwriting_scatter(tmp_path: Path) -> None:
     """ScatterElements without reduction overwrites; what sums must say `add` (users.md 2.0c)."""
     path = tmp_path / "model.onnx"
     export_onnx(rewritten("vit_small", METHODS[0], torch.float32).graph.program, path)
-    functions = [f for f in onnx.load(path).functions if f.name in ("MergeTokens", "SumTokens")]
+    functions = [f for f in onnx.load(path).functions if f.name in ("MergeTokens", "MergeTokensSpare")]
     assert functions
     for function in functions:
         scatters = [node for node in function.node if node.op_type.startswith("Scatter")]
