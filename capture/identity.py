@@ -44,5 +44,5 @@ def weights_hash(program: ExportedProgram) -> str:
     for name, value in sorted({**program.constants, **program.state_dict}.items()):
         digest.update(f"{name}\n".encode())
         if isinstance(value, Tensor) and value.device.type != "meta" and value.numel():
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

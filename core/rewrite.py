@@ -86,7 +86,7 @@ class PassType(ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a pass; raises UnknownParameter."""
-        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
         for parameter, value in kwargs.items():
             if parameter not in known:
                 where = getattr(cls, "name", "") or cls.__name__

@@ -15,9 +15,10 @@ from typing import Any
 from ..errors import DriftTooLarge, NoAttention, NoTokenStream, SlowerThanOriginal
 from ..plugins import load_plugin
 from ..report import Benchmark
-from .api import Options, build, held_to, prepare
+from .api import build, held_to, prepare
 from .compiled import CompiledModel
 from .files import copy_companions, stem_of, whole_directory, write_text
+from .options import Options
 from .progress import Progress
 from .request import Request
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ class Recipe:
         )
 
     @staticmethod
-    def read(path: str | Path) -> Recipe:
+    def read(path: str | os.PathLike[str]) -> Recipe:
         """Read a YAML or JSON file, or the recipe inside an artifact: `.onnx`, `.pt2`, or a directory written by tamis.
 
         Raises:

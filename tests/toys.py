@@ -12,9 +12,9 @@ from zoo import draw
 
 from tamis.graph import TokenGraph
 from tamis.rewrite import Options, Outcome, Pass, Result
-from tamis.runtime.api import Options as CompileOptions
 from tamis.runtime.api import Prepared, build
 from tamis.runtime.compiled import CompiledModel
+from tamis.runtime.options import Options as CompileOptions
 
 
 class Toy(nn.Module):
