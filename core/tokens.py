@@ -31,6 +31,7 @@ class Plan:
     sizes   [B, N']  float32 original tokens in each slot; None: reduction of the sizes before (merged ones add up)
     counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
+    spare            bool    whether `moved` may have unused entries; without them merging costs less
     """
 
     slot: Tensor
@@ -43,6 +44,7 @@ class Plan:
     sizes: Tensor | None = None
     counts_sizes: bool = True
     drops: bool = False
+    spare: bool = True
 
 
 @dataclass

@@ -6,6 +6,7 @@ if __name__ == "tamis.kernels":
     from . import attention_statistics as attention_statistics
     from . import bipartite_match as bipartite_match
     from . import hash_scores as hash_scores
+    from . import merge_tokens as merge_tokens
     from . import order_slots as order_slots
     from . import reduce_tokens as reduce_tokens
     from . import restore_tokens as restore_tokens

@@ -56,22 +56,29 @@ def _match_all(unit: Tensor, out: int, prefix: int) -> tuple[Tensor, Tensor, Ten
     batch, tokens = unit.shape[:2]
     first_a, first_b = _first_ranks(prefix)
     a, b = unit[:, first_a::2], unit[:, first_b::2]
-    similarity, nearest = _best_partner(a, b, unit.new_zeros(b.shape[1]))
     removed = tokens - out
-    order = similarity.sort(dim=1, descending=True, stable=True).indices
-    merging, staying = order[:, :removed].sort(dim=1).values, order[:, removed:]
-    if prefix:
-        staying = staying.sort(dim=1).values
-    position = torch.arange(tokens, device=unit.device)
-    slot_of_b = prefix + a.shape[1] - removed
-    stay_slot = (position[prefix:] if prefix else position)[: a.shape[1] - removed]
-    slots = torch.cat([stay_slot.expand(batch, -1), slot_of_b + nearest.gather(1, merging)], 1)
+    similarity = _similarity(a, b, None)
+    order = similarity.amax(2).sort(dim=1, descending=True, stable=True).indices
+    merging, staying = _merging_first(order, removed, ascending=prefix > 0)
     moved, stay = first_a + 2 * merging, first_a + 2 * staying
-    slot = _slots_of_rest(position, prefix, first_b, slot_of_b).expand(batch, tokens)
-    slot = slot.scatter(1, torch.cat([stay, moved], 1), slots)
+    position = torch.arange(tokens, device=unit.device)
     protected, others = position[:prefix].expand(batch, -1), position[first_b::2].expand(batch, -1)
-    leader = torch.cat([protected, stay, others], 1)  # `out` long, which symbols do not know yet
-    return slot, first_columns(leader, out), moved
+    # `out` long, which symbols do not know yet
+    leader = first_columns(torch.cat([protected, stay, others], 1), out)
+    # a partner is looked for only where it is needed: argmax costs ten times what amax does
+    goal = take_rows(similarity, merging).argmax(2) + (prefix + a.shape[1] - removed)
+    slots = torch.cat([position[:out].expand(batch, -1), goal], 1)
+    return leader.new_empty((batch, tokens)).scatter(1, torch.cat([leader, moved], 1), slots), leader, moved
+
+
+def _merging_first(order: Tensor, removed: int, *, ascending: bool) -> tuple[Tensor, Tensor]:
+    """order[:, :removed] ascending, and the rest, ascending too if so wanted."""
+    if not ascending:
+        return order[:, :removed].sort(dim=1).values, order[:, removed:]
+    # one sort for both: the rest counts from `shift` on
+    shift = (torch.arange(order.shape[1], device=order.device) >= removed) * order.shape[1]
+    both = (order + shift).sort(dim=1).values - shift
+    return both[:, :removed], both[:, removed:]
 
 
 def _match_real(unit: Tensor, valid: Tensor, out: int, rule: CountRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +91,9 @@ def _match_real(unit: Tensor, valid: Tensor, out: int, rule: CountRule) -> tuple
     packed = take_rows(unit, (~valid).sort(dim=1, stable=True).indices)
     a, b, a_real = packed[:, first_a::2], packed[:, first_b::2], rank[:, first_a::2] < count
     hidden = unit.new_zeros(()).masked_fill(rank[:, first_b::2] >= count, -torch.inf)
-    similarity, nearest = _best_partner(a, b, hidden.unsqueeze(1))
-    order = similarity.masked_fill(~a_real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    similarity = _similarity(a, b, hidden.unsqueeze(1))
+    nearest = similarity.argmax(2)
+    order = similarity.amax(2).masked_fill(~a_real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     place = torch.zeros_like(order).scatter(1, order, rank[:, : a.shape[1]])
     removed = rule.removed(count)
     merging = place < removed
@@ -120,12 +128,14 @@ def _unit_vectors(metric: Tensor) -> Tensor:
     return unit.nan_to_num(nan=0.0)
 
 
-def _best_partner(a: Tensor, b: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest similarity of each a to any b, and which.  hidden: added to S, -inf at columns not to be chosen."""
-    # one hidden column more, because a maximum over no column at all (a single token) is an error
-    b, hidden = pad(b, (0, 0, 0, 1)), pad(hidden, (0, 1), value=-torch.inf)
-    best = torch.baddbmm(hidden, a, b.transpose(1, 2)).max(dim=2)
-    return best.values, best.indices
+def _similarity(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    """S = a b^T.  hidden: added to it, -inf at columns not to be chosen."""
+    if not (isinstance(b.shape[1], int) and b.shape[1]):
+        # one hidden column more, because a maximum over no column at all (a single token) is an error
+        hidden = pad(b.new_zeros(b.shape[1]) if hidden is None else hidden, (0, 1), value=-torch.inf)
+        b = pad(b, (0, 0, 0, 1))
+    similarity = torch.bmm(a, b.transpose(1, 2))
+    return similarity if hidden is None else similarity + hidden
 
 
 def fake(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,38 +146,39 @@ def fake(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list
     return slot, leader, moved
 
 
+# `tokens` is an input because ONNX Runtime folds what follows from a constant, but not from the shape of a value
 @script(TAMIS, default_opset=op)
-def BipartiteMatch(metric, out, prefix: int, first_a: int, first_b: int):
+def BipartiteMatch(metric, tokens, out, prefix: int, first_a: int, first_b: int):
     x = op.Cast(metric, to=1)
     scaled = x / op.Max(op.ReduceL2(x, [-1], keepdims=1), 1e-12)
     unit = op.Where(op.IsNaN(scaled), 0.0, scaled)
-    tokens = op.Shape(x, start=1, end=2)
+    length = op.Reshape(tokens, [1])
     a = op.Slice(unit, op.Reshape(first_a, [1]), [9223372036854775807], [1], [2])
     # a row of a single token has no b; any column will do, as nothing merges
-    b = op.Slice(unit, op.Min(op.Reshape(first_b, [1]), tokens - 1), [9223372036854775807], [1], [2])
+    b = op.Slice(unit, op.Min(op.Reshape(first_b, [1]), length - 1), [9223372036854775807], [1], [2])
     similarity = op.MatMul(a, op.Transpose(b, perm=[0, 2, 1]))
-    nearest = op.ArgMax(similarity, axis=2, keepdims=0)
-    count_a = op.Shape(a, start=1, end=2)
-    removed = tokens - op.Reshape(out, [1])
+    count_a = op.Max((length - first_a + 1) / 2, 0)
+    removed = length - op.Reshape(out, [1])
     _, order = op.TopK(op.ReduceMax(similarity, [2], keepdims=0), count_a, axis=1)
-    merging, _ = op.TopK(op.Slice(order, [0], removed, [1]), removed, axis=1, largest=0)
-    staying = op.Slice(order, removed, count_a, [1])
-    # ascending; without protected tokens all keys are 0 and the order stays
-    _, ascending = op.TopK(staying * op.Min(prefix, 1), count_a - removed, axis=1, largest=0)
-    moved = merging * 2 + first_a
-    stay = op.GatherElements(staying, ascending, axis=1) * 2 + first_a
-    position = op.Range(0, op.Squeeze(tokens), 1)
-    slot_of_b = prefix + count_a - removed
-    rest = op.Where(position < prefix, position, (position - first_b) / 2 + slot_of_b)
-    rows = op.Shape(x, start=0, end=1)
-    stay_slot = op.Expand(op.Slice(position, op.Reshape(prefix, [1]), slot_of_b, [0]), op.Shape(stay))
-    slots = op.Concat(stay_slot, op.GatherElements(nearest, merging, axis=1) + slot_of_b, axis=1)
-    spread = op.Concat(rows, tokens, axis=0)
-    slot = op.ScatterElements(op.Expand(rest, spread), op.Concat(stay, moved, axis=1), slots, axis=1)
-    every = op.Expand(position, spread)
+    # those that merge first, ascending; the others ascending too, without protected tokens as they are
+    place = op.Range(0, op.Squeeze(count_a), 1)
+    merges = place < removed
+    by_index = op.Or(merges, op.Expand(prefix, [1]) > 0)
+    key = op.Where(by_index, order, place) + op.Where(merges, 0, count_a)
+    _, ascending = op.TopK(key, count_a, axis=1, largest=0)
+    chosen = op.GatherElements(order, ascending, axis=1)
+    position_a = chosen * 2 + first_a
+    moved = op.Slice(position_a, [0], removed, [1])
+    stay = op.Slice(position_a, removed, count_a, [1])
+    merging = op.Unsqueeze(op.Slice(chosen, [0], removed, [1]), [2])
+    nearest = op.ArgMax(op.GatherND(similarity, merging, batch_dims=1), axis=2, keepdims=0)
+    goal = nearest + (prefix + count_a - removed)
+    every = op.Expand(op.Range(0, op.Squeeze(length), 1), op.Concat(op.Shape(x, start=0, end=1), length, axis=0))
     protected = op.Slice(every, [0], op.Reshape(prefix, [1]), [1])
     others = op.Slice(every, op.Reshape(first_b, [1]), [9223372036854775807], [1], [2])
-    return slot, op.Concat(protected, stay, others, axis=1), moved
+    leader = op.Concat(protected, stay, others, axis=1)
+    slots = op.Concat(op.Slice(every, [0], op.Reshape(out, [1]), [1]), goal, axis=1)
+    return op.ScatterElements(every, op.Concat(leader, moved, axis=1), slots, axis=1), leader, moved
 
 
 @script(TAMIS, default_opset=op)
@@ -227,7 +238,7 @@ def onnx(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list
     first_a, first_b = _first_ranks(prefix)
     attributes = {"prefix": prefix, "first_a": first_a, "first_b": first_b}
     if valid is None:
-        return OnnxCall(BipartiteMatch, [metric, out], attributes)
+        return OnnxCall(BipartiteMatch, [metric, metric.shape[1], out], attributes)
     return OnnxCall(BipartiteMatchMasked, [metric, valid, out, *rule_inputs(rule)], attributes)
 
 

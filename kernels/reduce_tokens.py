@@ -29,35 +29,28 @@ from onnxscript import script
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
+from .merge_tokens import MergeTokensSpare, merged_tokens, uses
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
-from .rows import take_rows
+from .rows import add_rows, take_rows
 
 
 def reference(
     x: Tensor, slot: Tensor, leader: Tensor, moved: Tensor | None, weight: Tensor | None, normalize: bool
 ) -> Tensor:
     """See the module."""
-    led = take_rows(x, leader)
     if moved is None:
-        return led
-    goal = slot.gather(1, moved).clamp(min=0)
-    used = leader.gather(1, goal) != moved
-    dtype = compute_dtype(x)
-    total, part = led.to(dtype), take_rows(x, moved).to(dtype)
-    if weight is None:
-        led_weight, part_weight = torch.ones_like(leader, dtype=dtype), used.to(dtype)
-    else:
-        led_weight = weight.to(dtype).gather(1, leader)
-        part_weight = weight.to(dtype).gather(1, moved) * used
+        return take_rows(x, leader)
+    used = uses(slot, leader, moved)
     if normalize:
-        mass = led_weight.scatter_add(1, goal, part_weight)
-        part = (part - take_rows(total, goal)) * (part_weight / mass.gather(1, goal)).unsqueeze(2)
-    elif weight is not None:
-        total, part = total * led_weight.unsqueeze(2), part * part_weight.unsqueeze(2)
-    part = torch.where(used.unsqueeze(2), part, 0)
-    return total.scatter_add(1, goal.unsqueeze(2).expand(part.shape), part).to(x.dtype)
+        return merged_tokens(x, slot, leader, moved, weight, used)[0]
+    total, part = take_rows(x, leader).to(compute_dtype(x)), take_rows(x, moved).to(compute_dtype(x))
+    if weight is not None:
+        mass, part_mass = (weight.to(total.dtype).gather(1, index) for index in (leader, moved))
+        total, part = total * mass.unsqueeze(2), part * part_mass.unsqueeze(2)
+    part = part.masked_fill(~used.unsqueeze(2), 0)
+    return add_rows(total, slot.gather(1, moved).clamp(min=0), part).to(x.dtype)
 
 
 def fake(
@@ -72,23 +65,10 @@ def GatherTokens(x, leader):
     return op.GatherND(x, op.Unsqueeze(leader, [2]), batch_dims=1)
 
 
-# ScatterND with reduction="add" would take whole rows and be twice as fast, but ONNX Runtime's CPU kernel adds to one
-# row from several threads at once and loses updates (seen in 2 of 300 runs); ScatterElements adds in order.
 @script(TAMIS, default_opset=op)
-def MergeTokens(x, slot, leader, moved, weight):
-    goal = op.Max(op.GatherElements(slot, moved, axis=1), 0)
-    used = op.Not(op.Equal(op.GatherElements(leader, goal, axis=1), moved))
-    led = op.Cast(op.GatherND(x, op.Unsqueeze(leader, [2]), batch_dims=1), to=1)
-    part = op.Cast(op.GatherND(x, op.Unsqueeze(moved, [2]), batch_dims=1), to=1)
-    every_weight = op.Expand(op.Cast(weight, to=1), op.Shape(slot))
-    led_weight = op.GatherElements(every_weight, leader, axis=1)
-    part_weight = op.Where(used, op.GatherElements(every_weight, moved, axis=1), 0.0)
-    mass = op.ScatterElements(led_weight, goal, part_weight, axis=1, reduction="add")
-    share = part_weight / op.GatherElements(mass, goal, axis=1)
-    difference = part - op.GatherND(led, op.Unsqueeze(goal, [2]), batch_dims=1)
-    added = op.Where(op.Unsqueeze(used, [2]), difference * op.Unsqueeze(share, [2]), 0.0)
-    index = op.Expand(op.Unsqueeze(goal, [2]), op.Shape(part))
-    return op.CastLike(op.ScatterElements(led, index, added, axis=1, reduction="add"), x)
+def MeanTokens(x, slot, leader, moved, weight):
+    mean, _ = MergeTokensSpare(x, slot, leader, moved, weight)
+    return mean
 
 
 @script(TAMIS, default_opset=op)
@@ -109,11 +89,11 @@ def SumTokens(x, slot, leader, moved, weight):
 def onnx(
     x: Tensor, slot: Tensor, leader: Tensor, moved: Tensor | None, weight: Tensor | None, normalize: bool
 ) -> OnnxCall:
-    """Calls GatherTokens when nothing is merged, MergeTokens for means, SumTokens for sums."""
+    """Calls GatherTokens when nothing is merged, MeanTokens for means, SumTokens for sums."""
     if moved is None:
         return OnnxCall(GatherTokens, [x, leader], {})
     weights = [1] if weight is None else weight
-    return OnnxCall(MergeTokens if normalize else SumTokens, [x, slot, leader, moved, weights], {})
+    return OnnxCall(MeanTokens if normalize else SumTokens, [x, slot, leader, moved, weights], {})
 
 
 def flops(x: Any, slot: Any, leader: Any, moved: Any, *_: Any, **__: Any) -> int:

@@ -91,8 +91,7 @@ class CutRunner:
                 hint="set Plan.weight=tokens.sizes.",
             )
         self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
-        reduced = state.reduce(hidden, plan)
-        state.push(plan, size_bias=method.tracks_sizes)
+        reduced = state.advance(hidden, plan, size_bias=method.tracks_sizes)
         self.last = (str(method), layer.index)
         self.outcomes.append(
             Outcome(str(method), layer.index, site.node, True, "", _count_text(count), _count_text(out), rule)

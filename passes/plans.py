@@ -16,7 +16,8 @@ def match_plan(tokens: Tokens, metric: Tensor) -> Plan:
     slot, leader, moved = torch.ops.tamis.bipartite_match(
         metric, tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat()
     )
-    return Plan(slot, leader, tokens.out, moved, weight=tokens.sizes, valid=next_valid(tokens))
+    padded = tokens.valid is not None
+    return Plan(slot, leader, tokens.out, moved, weight=tokens.sizes, valid=next_valid(tokens), spare=padded)
 
 
 def keep_plan(

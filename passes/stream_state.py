@@ -44,17 +44,22 @@ class StreamState:
         """Whether one of the first `epoch` plans dropped real tokens for good."""
         return any(plan.drops for plan in self.plans[:epoch])
 
-    def push(self, plan: Plan, *, size_bias: bool) -> None:
-        """Compose one more plan; `self.sizes` and `self.valid` then speak of its slots."""
+    def advance(self, x: Tensor, plan: Plan, *, size_bias: bool) -> Tensor:
+        """Apply one more plan to the stream [B, N, C] and compose it; `sizes` and `valid` then speak of its slots."""
         self.plan_sizes.append(self.sizes)
-        merges = plan.moved is not None and plan.counts_sizes
-        sizes = plan.sizes
-        if sizes is None and (merges or self.sizes is not None):
-            sizes = self._added_up(plan)
+        merges, sizes = plan.moved is not None and plan.counts_sizes, plan.sizes
+        if sizes is None and merges and plan.normalize and plan.weight is self.sizes:
+            x, mass = torch.ops.tamis.merge_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.spare)
+            sizes = mass if plan.valid is None else torch.where(plan.valid, mass, 0.0)
+        else:
+            x = self.reduce(x, plan)
+            if sizes is None and (merges or self.sizes is not None):
+                sizes = self._added_up(plan)
         self.plans.append(plan)
         self.counts.append(plan.out)
         self.valid, self.sizes = plan.valid, sizes
         self.size_bias = self.size_bias or (size_bias and sizes is not None)
+        return x
 
     def sizes_at(self, epoch: int) -> Tensor | None:
         """Sizes at an epoch, [B, N] float32; None where every slot is one token."""

@@ -28,12 +28,13 @@ def run_call(call: Any, like: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _model(call: Any, feeds: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> onnx.ModelProto:
     function = call.function.to_function_proto()
+    called = [one.to_function_proto() for one in call.function.function_ir.get_called_functions().values()]
     node = helper.make_node(function.name, list(feeds), list(results), domain=function.domain, **call.attributes)
     graph = helper.make_graph([node], "call", *([_info(*item) for item in some.items()] for some in (feeds, results)))
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(function.domain, 1)],
-        functions=[function],
+        functions=[*called, function],
         ir_version=10,
     )
     onnx.checker.check_model(model, full_check=True)

@@ -40,6 +40,6 @@ def test_a_diff_shows_what_a_pass_put_in_and_nothing_before_it() -> None:
     lines = Pipeline.parse(f"tome:r=5,layers=[{last}]").run(graph).graph.diff(graph).splitlines()
     assert {line[0] for line in lines} == {"+", "-"}
     added = [line for line in lines if "tamis." in line]
-    assert [line.split(" = ")[1].split("(")[0] for line in added] == ["tamis.bipartite_match", "tamis.reduce_tokens"]
+    assert [line.split(" = ")[1].split("(")[0] for line in added] == ["tamis.bipartite_match", "tamis.merge_tokens"]
     assert not any("blocks.0.mlp" in line for line in lines)
     assert any(line.startswith("-") and f"blocks.{last}.mlp.fc1" in line for line in lines)
