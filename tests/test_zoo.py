@@ -9,6 +9,7 @@ from rewriting import applied, assert_equal_outputs, captured, distance, real_ro
 from zoo import FAMILIES
 
 from tamis.capture import capture
+from tamis.graph import module_path, op_name
 from tamis.rewrite import Pipeline
 
 MAIN = ("tome:r=6->0", "evit:keep_ratio=0.7", "random:keep_ratio=0.7")
@@ -58,6 +59,22 @@ def trace(result, tokens):
     return counts
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "length" not in family.dynamic])
+def test_attention_runs_at_the_reduced_length(name):
+    """A rewrite that put the full length back before every attention would be right, and save nothing."""
+    result, graph, tokens = rewritten(name, MAIN[0]), captured(name), FAMILIES[name].tokens
+    counts = trace(result, tokens)
+    expected = {
+        graph.sites[layer.site].module: min([tokens, *(after for at, _, after in counts if at < layer.index)])
+        for layer in graph.layers
+    }
+    attentions = ("scaled_dot_product_attention", "tamis.attention")
+    nodes = [node for node in result.graph.graph.nodes if op_name(node) in attentions and module_path(node) in expected]
+    seen = {module_path(node): [arg.meta["val"].shape[2] for arg in node.args[:2]] for node in nodes}
+    assert seen == {module: [count, count] for module, count in expected.items()}
+    assert min(expected.values()) < tokens
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_reduced_output_is_not_the_dense_one(name):
     inputs = FAMILIES[name].inputs(2, dtype=torch.float64)
@@ -65,7 +82,7 @@ def test_the_reduced_output_is_not_the_dense_one(name):
         assert distance(mine, dense) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["vit_mean", "hf_vit", "bert"])
+@pytest.mark.parametrize("name", ["vit_mean", "hf_vit", "bert", "eva02", "beit", "hf_siglip"])
 def test_an_example_of_batch_1_captures_the_same(name):
     inputs = FAMILIES[name].inputs(3, dtype=torch.float64)
     result = rewritten(name, MAIN[0], batch=1)
