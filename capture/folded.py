@@ -29,8 +29,8 @@ class Unfolder:
         """`folded`: size of the leading axis; raises NotFolded when it is no multiple of a dynamic batch."""
         self.out = out
         source = next((n for n in out.graph.nodes if n.op == "placeholder" and _has_dynamic_batch(n)), None)
-        batch = None if source is None else expression(source.meta["val"].shape[0])
-        heads = None if batch is None else expression(folded) / batch
+        batch: Any = None if source is None else expression(source.meta["val"].shape[0])
+        heads: Any = 0 if source is None else expression(folded) / batch
         if source is None or not (getattr(heads, "is_Integer", False) and heads > 0):
             raise NotFolded("its logits have 3 axes, and the first is not the batch times a number of heads")
         self.source, self.batch, self.heads = source, batch, int(heads)

@@ -258,7 +258,11 @@ def _with_heads_apart(match: Match) -> Match:
     apart = match.unfolder
     if apart is None:
         return match
-    masks = [tuple(apart.unfold_mask(x) if isinstance(x, fx.Node) else x for x in mask) for mask in match.masks]
+
+    def meets(value: Any) -> Any:
+        return apart.unfold_mask(value) if isinstance(value, fx.Node) else value
+
+    masks = [(kind, meets(condition), meets(value)) for kind, condition, value in match.masks]
     q, k, v = (apart.unfold(x) for x in (match.q, match.k, match.v))
     return replace(match, q=q, k=k, v=v, masks=masks)
 

@@ -21,7 +21,7 @@ MIXES = {
     "aten.conv2d",
     "aten.softmax",
 }
-KEPT = (0, 1, 2, 3)
+KEPT: tuple[int, ...] = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
