@@ -15,8 +15,10 @@ from .closure import ancestors
 from .identity import structure_hash
 from .prefix import find_grid, find_prefix
 from .raise_attention import find_near_misses
+from .randomness import warn_of_draws
 from .sites import SDPA, attention_argument, find_sites, set_attention_argument
-from .stream import find_layers, same
+from .sizes import same
+from .stream import find_layers
 
 aten = torch.ops.aten
 REGROUPS = (aten.view.default, aten.reshape.default, aten.permute.default, aten.flatten.using_ints)
@@ -41,6 +43,7 @@ def analyse(program: ExportedProgram, name: str = "model") -> TokenGraph:
         _node(graph, layers[0].before_attention),
         _node(graph, layers[-1].after_block or layers[-1].after_attention),
     )
+    warn_of_draws(program, name)
     prefix, class_token = find_prefix(program, start, end)
     return replace(graph, prefix=prefix, class_token=class_token, grid=find_grid(start, prefix))
 

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from .closure import ancestors
 from .masks import user_inputs
-from .stream import same
+from .sizes import same
 
 aten = torch.ops.aten
 

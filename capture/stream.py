@@ -12,7 +12,7 @@ from torch import fx
 from ..graph import Layer, Site
 from .closure import ancestors, descendants
 from .rotation import keys_before_rotation
-from .sizes import same as same
+from .sizes import same
 from .streams import reached_in_place
 
 aten = torch.ops.aten
