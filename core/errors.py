@@ -61,14 +61,6 @@ class CorruptModel(TamisError):
     exit_code = 2
 
 
-class PlainProgram(TamisError):
-    template = (
-        "{path}: is an exported program that tamis did not make: it holds no recipe.\n"
-        "  hint: tamis.compile(path, passes=...) rewrites it, torch.export.load reads it as it is."
-    )
-    exit_code = 2
-
-
 class PickleRefused(TamisError):
     template = (
         "{path}: member {member!r} needs pickle, which can run code, and was not loaded ({reason}).\n"
@@ -176,35 +168,6 @@ class WindowedAttention(NoTokenStream):
 
 class UnknownPass(TamisError):
     template = "unknown pass {name!r}{nearest}\n  hint: optimize-model --list-passes shows all of them."
-    exit_code = 2
-
-
-class NotAPass(TamisError):
-    template = (
-        "{name}: {got} is not a pass.\n"
-        "  hint: derive it from tamis.Pass, or from tamis.passes.TokenReduction for a method that removes tokens."
-    )
-    exit_code = 2
-
-
-class PassNameTaken(TamisError):
-    template = (
-        "a pass called {name!r} is known already ({taken_by}, from {origin}), so {got} cannot have the name.\n"
-        "  hint: register it under another name."
-    )
-    exit_code = 2
-
-
-class PluginMissing(TamisError):
-    template = "{path}: no such file.\n  hint: --plugin takes a Python file that registers passes."
-    exit_code = 2
-
-
-class PluginFailed(TamisError):
-    template = (
-        "{path}: cannot be loaded as a plug-in: {reason}.\n"
-        "  hint: it is a Python file in which @tamis.register('name') stands over each pass."
-    )
     exit_code = 2
 
 
@@ -336,29 +299,6 @@ class OriginalMissing(TamisError):
     template = (
         "{what}: a model loaded from a file has no original to compare with.\n"
         "  hint: fast.with_original(graph) gives it one; graph is tamis.capture.capture(model, inputs)."
-    )
-    exit_code = 2
-
-
-class RecipeInvalid(TamisError):
-    template = "{path}: not a tamis recipe: {reason}.\n  hint: a recipe is YAML with a list under 'passes'."
-    exit_code = 2
-
-
-class WrongSourceModel(TamisError):
-    template = (
-        "{path}: the recipe was made for another model{model}: the hash of its {part} is {expected}, that of {name} is "
-        "{got}{made}.\n"
-        "  hint: --allow-other-model (in Python: recipe.for_any_model()) applies it all the same."
-    )
-    exit_code = 2
-
-
-class PassNotInstalled(TamisError):
-    template = (
-        "{path}: the recipe uses the pass {name!r} of {origin}, which is not here.\n"
-        "  hint: install it, or name its file with --plugin (in Python: import the module that registers it); what a "
-        "recipe names is never run by itself."
     )
     exit_code = 2
 

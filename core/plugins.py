@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .errors import PluginFailed, PluginMissing
+from .recipe_errors import PluginFailed, PluginMissing
 from .registry import register, set_origin
 from .user_file import import_file, neighbours_importable, told
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import NotAPass, PassNameTaken, UnknownPass
+from .errors import UnknownPass
+from .recipe_errors import NotAPass, PassNameTaken
 
 if TYPE_CHECKING:
     from .rewrite import Pass

@@ -8,12 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import (
-    ExampleInputsMissing,
-    TamisError,
-    WrongSourceModel,
-)
+from ..errors import ExampleInputsMissing, TamisError
 from ..graph import TokenGraph
+from ..recipe_errors import WrongSourceModel
 from ..report import Report, outcome_dict
 from ..rewrite import Pipeline, Result
 from ..target import Target

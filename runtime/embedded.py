@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptModel, PlainProgram, RecipeInvalid
+from ..errors import CorruptModel
+from ..recipe_errors import PlainProgram, RecipeInvalid
 
 EXTRA = "tamis.json"  # the member's name
 RECIPE = "tamis.recipe"  # the metadata's key

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..errors import BadParameter, PassNotInstalled, TargetMissing, UnknownPass
+from ..errors import BadParameter, TargetMissing, UnknownPass
+from ..recipe_errors import PassNotInstalled
 from ..registry import origin_of
 from ..rewrite import Pipeline
 from ..target import Target

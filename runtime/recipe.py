@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptModel, ModelNotFound, PlainProgram, RecipeInvalid, WrongSourceModel
+from ..errors import CorruptModel, ModelNotFound
 from ..graph import TokenGraph
+from ..recipe_errors import PlainProgram, RecipeInvalid, WrongSourceModel
 from .embedded import read_extra, recipe_in_onnx
 from .files import write_text
 

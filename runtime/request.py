@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelNotFound, PluginMissing, WrongUsage
+from ..errors import ModelNotFound, WrongUsage
+from ..recipe_errors import PluginMissing
 from .files import Output, check_file
 from .options import DEFAULTS
 from .recipe import Recipe

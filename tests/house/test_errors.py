@@ -1,4 +1,4 @@
-"""Every class in core/errors.py: its template can be filled, its fields read, and it survives a process boundary."""
+"""Every error class in core: its template can be filled, its fields read, and it survives a process boundary."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from tamis import errors
+from tamis import errors, onnx_errors, recipe_errors
 from tamis.errors import TamisError
 
 CLASSES = [
     cls
-    for _, cls in inspect.getmembers(errors, inspect.isclass)
-    if issubclass(cls, TamisError) and cls is not TamisError
+    for module in (errors, onnx_errors, recipe_errors)
+    for _, cls in inspect.getmembers(module, inspect.isclass)
+    if issubclass(cls, TamisError) and cls is not TamisError and cls.__module__ == module.__name__
 ]
 
 

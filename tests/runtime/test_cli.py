@@ -8,19 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from command import run
 
 from tamis import __version__
 from tamis.runtime import cli
 
 # The promise is 0.5 s; machines that run tests run other things too.
 PATIENCE_SECONDS = 1.5
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    code = cli.main(list(argv))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["missing/vit.pt2", "--pass", "tome:r=1"], 2)])

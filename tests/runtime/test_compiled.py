@@ -11,15 +11,8 @@ import torch
 from toys import toy_call, toy_compiled, toy_graph
 
 import tamis
-from tamis.errors import (
-    BadParameter,
-    CorruptModel,
-    InputMismatch,
-    OriginalMissing,
-    OutputExists,
-    OutputNotWritable,
-    PlainProgram,
-)
+from tamis.errors import BadParameter, CorruptModel, InputMismatch, OriginalMissing, OutputExists, OutputNotWritable
+from tamis.recipe_errors import PlainProgram
 from tamis.report import Report
 from tamis.runtime.compiled import CompiledModel
 

@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import run
 from zoo import FAMILIES
 
 import tamis
 from tamis import plugins, registry
-from tamis.errors import NotAPass, PassNameTaken, PluginFailed, PluginMissing, UnknownPass
+from tamis.errors import UnknownPass
 from tamis.passes import ToMe
+from tamis.recipe_errors import NotAPass, PassNameTaken, PluginFailed, PluginMissing
 from tamis.registry import find_pass, origin_of, registered_passes
 from tamis.rewrite import Pass, Pipeline
-from tamis.runtime import cli
 
 METHOD = '''\
 from dataclasses import dataclass
@@ -57,13 +58,6 @@ def install(site: Path, name: str, module: str, text: str, entry: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.3\n")
     (info / "entry_points.txt").write_text(f"[tamis.passes]\n{entry}\n")
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    code = cli.main(list(argv))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[dict[str, str], str]:

@@ -17,7 +17,8 @@ from zoo import FAMILIES
 
 import tamis
 from tamis.capture.identity import structure_hash, weights_hash
-from tamis.errors import ModelNotFound, OutputExists, RecipeInvalid, WrongSourceModel
+from tamis.errors import ModelNotFound, OutputExists
+from tamis.recipe_errors import RecipeInvalid, WrongSourceModel
 from tamis.runtime.compiled import CompiledModel
 from tamis.runtime.recipe import Recipe
 
