@@ -163,9 +163,7 @@ def test_a_bare_model_and_a_tuple_have_their_cache_too() -> None:
     inputs = prompt(2, 6, "right")
     bare = capture(model.model, kwargs=inputs).program.module()(**inputs)
     assert [tuple(pair[0].shape) for pair in bare.past_key_values] == [(2, 2, 6, 12)] * 2
-    logits, pairs = capture(model, kwargs={**inputs, "return_dict": False}).program.module()(
-        **inputs, return_dict=False
-    )
+    logits, pairs = as_prefill(model)(**inputs, return_dict=False)
     torch.testing.assert_close(pairs[1][1], bare.past_key_values[1][1])
     assert logits.shape == (2, 6, 60)
 
