@@ -68,6 +68,8 @@ TEXT = (
     _text("xlm_roberta", xlm_roberta, "bert", inputs=pad_inputs),
     _text("electra", hf_text("ElectraModel", "ElectraConfig", embedding_size=32), "bert", 0),
     _text("albert", hf_text("AlbertModel", "AlbertConfig", embedding_size=32), "albert"),
+    # attention is written out, with a bias by distance
+    _text("mpnet", hf_text("MPNetModel", "MPNetConfig"), "mpnet", inputs=pad_inputs),
     _text("t5_encoder", t5_encoder, "t5", 0),
     # layer 0 sees everything, the others 4 tokens to either side
     _text(

@@ -1,4 +1,4 @@
-"""transformers' post-norm text encoders: BERT and its heads, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT."""
+"""transformers' post-norm text encoders: BERT and its heads, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, MPNet."""
 
 from __future__ import annotations
 
@@ -111,3 +111,25 @@ def albert(
     for layer in range(layers):
         x = post_norm_block(stream, layer, x, mix, attention.LayerNorm, mlp, block.full_layer_layer_norm)
     return [stream.restore(x), tanh(model.pooler(x[:, 0]))], stream
+
+
+def mpnet(
+    model: Any, family: Any, methods: Any, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> tuple[list[Tensor], Stream]:
+    """-> [last_hidden_state, pooler_output]; all layers share a bias by the distance of two tokens."""
+    blocks = model.encoder.layer
+    stream = started(model, family, methods, len(blocks), attention_mask)
+    x = model.embeddings(input_ids)
+    table = model.encoder.compute_position_bias(x[:1])[0]
+    for layer, block in enumerate(blocks):
+        attention = block.attention.attn
+
+        def mix(x: Tensor, attention: Any = attention) -> Tensor:
+            bias, size = stream.pairs(table, x.shape[0]), attention.attention_head_size
+            return attention.o(attend(stream, x, attention.q, attention.k, attention.v, size, bias=bias))
+
+        def mlp(x: Tensor, block: Any = block) -> Tensor:
+            return block.output.dense(block.intermediate.intermediate_act_fn(block.intermediate.dense(x)))
+
+        x = post_norm_block(stream, layer, x, mix, block.attention.LayerNorm, mlp, block.output.LayerNorm)
+    return [stream.restore(x), tanh(model.pooler.dense(x[:, 0]))], stream
