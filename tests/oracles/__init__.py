@@ -1,7 +1,6 @@
 """One hand-written forward per architecture: (model, family, methods, inputs) -> (outputs in order, Stream)."""
 
 from oracles.bert import albert, bert, distilbert, mpnet
-from oracles.hf_plain import dpt, hf_plain, vit_mae_pretraining, whisper
 from oracles.hf_positions import hf_beit, hf_dinov3, hf_siglip
 from oracles.hf_text import clip_text, modernbert, t5
 from oracles.hf_vision import clip, hf_vit
