@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,11 @@ def row(case_name: str, backend: str, runs: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Every row and node count asked for, each model and back end in processes of its own."""
+def measure_all(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every row and node count asked for, each model and back end in processes of its own.
+
+    `keep` is given all there is after each back end: a long run that is cut off leaves what it had.
+    """
     results: dict[str, Any] = {"rows": [], "nodes": {}}
     for case_name in options.models:
         with tempfile.TemporaryDirectory() as files:
@@ -120,7 +124,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
                 for of_one_batch in zip(*runs, strict=True):
                     results["rows"].append(row(case_name, backend, list(of_one_batch)))
                     show(results["rows"][-1])
-    return results
+                keep(results)
 
 
 def child(options: argparse.Namespace, files: str, case_name: str, what: str) -> Any:
@@ -222,9 +226,12 @@ def main() -> None:
         for page in PAGES:
             (ROOT / page).write_text(fill((ROOT / page).read_text(), before))
         return
-    results = measure_all(options)
-    if options.json:
-        options.json.write_text(json.dumps(merged(results, before, options), indent=1) + "\n")
+
+    def keep(results: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(merged(results, before, options), indent=1) + "\n")
+
+    measure_all(options, keep)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def render(results: dict[str, Any], name: str) -> str:
 
 
 def full(results: dict[str, Any]) -> str:
-    """A row for everything measured."""
+    """A row for everything measured, then when and on what."""
     head = ["model", "batch", "back end", "dense, ms", "speed-up", "FLOP ideal", "of ideal", "goal"]
     lines = [_line(*head, "slice, of ideal", "of slice"), "|---" * 10 + "|"]
     for row in results["rows"]:
@@ -35,7 +35,10 @@ def full(results: dict[str, Any]) -> str:
             f"{row['of_slice']:.2f}",
         ]
         lines.append(_line(*cells))
-    return "\n".join(lines)
+    measured = sorted(
+        {f"{row['date']}: {row['machine']}; {row['versions']}." for row in results["rows"] if "date" in row}
+    )
+    return "\n".join([*lines, *(["", *measured] if measured else [])])
 
 
 def nodes(results: dict[str, Any]) -> str:
@@ -76,7 +79,7 @@ def fill(page: str, results: dict[str, Any]) -> str:
     Raises:
         ValueError: a marker without its end, or no marker at all.
     """
-    pattern = re.compile(r"(<!-- speed: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    pattern = re.compile(r"(<!-- speed: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
     if page.count("<!-- speed: ") != len(pattern.findall(page)) or not pattern.search(page):
         raise ValueError("every <!-- speed: NAME --> needs its <!-- end -->, and a page one of them")
-    return pattern.sub(lambda match: match[1] + render(results, match[2]) + match[3], page)
+    return pattern.sub(lambda match: f"{match[1]}{render(results, match[2])}\n{match[3]}", page)
