@@ -21,16 +21,18 @@ def capture(
     """Capture a model: its exported program in canonical form, with attention sites, token stream and cut points.
 
     Args:
-        model: an `nn.Module` in eval mode, `fx.GraphModule`, `ExportedProgram`, or a path or name (`x.pt2`,
-            `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`).
+        model: an `nn.Module` in eval mode, `fx.GraphModule`, `ExportedProgram`, a `Source`, or a path or name (`x.pt2`,
+            `x.onnx`, `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`).
         args, kwargs: example inputs; batch and, for token ids, length become dynamic.  A batch-1 example works.
-        dynamic_shapes: "auto", or as in `torch.export.export`.
+        dynamic_shapes: "auto" (an ONNX file's own dynamic dimensions), or as in `torch.export.export`.
         name: what to call the model in reports.
 
     Raises:
         NoAttention, WindowedAttention, NoTokenStream: nothing here has tokens to reduce.
         TrainingMode, DataDependentControlFlow, CaptureFailed and input errors: see `capture.export` and `.sources`.
     """
+    from dataclasses import replace
+
     from torch.export import ExportedProgram
 
     from .analysis import analyse, without_tables
@@ -44,5 +46,6 @@ def capture(
     program = source.model
     if not isinstance(program, ExportedProgram):
         program = as_prefill(program, name)
-        program = export_module(program, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=name)
-    return without_tables(analyse(canonicalise(program), name))
+        shapes = source.axes if source.axes is not None and dynamic_shapes == "auto" else dynamic_shapes
+        program = export_module(program, source.args, source.kwargs, dynamic_shapes=shapes, name=name)
+    return replace(without_tables(analyse(canonicalise(program), name)), interface=source.interface)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ..errors import ModelNotFound, UnknownModelFormat
 
-ACCEPTED = "a .pt2 file, timm:NAME, hf:DIR_OR_ID, a directory with config.json, or file.py:function"
+ACCEPTED = "a .pt2 or .onnx file, timm:NAME, hf:DIR_OR_ID, a directory with config.json, or file.py:function"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A model's name, read: kind "timm", "hf", "factory" or "pt2"; `value` its name or path; `function` a factory's."""
+    """A model's name, read: kind "timm", "hf", "factory", "pt2" or "onnx"; `value` its name or path."""
 
     kind: str
     value: str
@@ -57,10 +57,8 @@ def _file(text: str) -> Spec:
     path = Path(_existing(text))
     if path.is_dir():
         return Spec("hf", _with_config(path))
-    if path.suffix == ".pt2":
-        return Spec("pt2", str(path))
-    if path.suffix == ".onnx":
-        raise UnknownModelFormat(path=text, accepted=f"{ACCEPTED}; ONNX files as input are not there yet")
+    if path.suffix in (".pt2", ".onnx"):
+        return Spec(path.suffix[1:], str(path))
     if path.suffix == ".py":
         raise UnknownModelFormat(path=text, accepted=f"the function that makes the model: {text}:FUNCTION")
     raise UnknownModelFormat(path=text, accepted=ACCEPTED)

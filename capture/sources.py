@@ -15,6 +15,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..errors import MissingDependency, UnknownModelFormat, UnknownModelName
+from ..graph import Interface
+from .dims import Axes
 from .factory import call_factory
 from .paths import ACCEPTED, Spec, check_exists
 from .safe_pt2 import load_program
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 class Source:
     """A model and an example call of it.
 
-    kind       "module", "program", "pt2", "timm", "hf" or "factory"
+    kind       "module", "program", "pt2", "onnx", "timm", "hf" or "factory"
     directory  where a model's tokenizer and config files lie, which belong beside what is made of it
     note       what the user should know, such as that weights are random
+    axes       dynamic dimensions, where the model's file names them;  interface  all names that it gives
     """
 
     model: nn.Module | ExportedProgram
@@ -39,16 +42,19 @@ class Source:
     kind: str = "module"
     directory: Path | None = None
     note: str = ""
+    axes: Axes | None = None
+    interface: Interface | None = None
 
 
 def resolve(spec: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Source:
     """Find or build the model that `spec` is or names.
 
     Args:
-        spec: an `nn.Module` (an `fx.GraphModule` is one), an `ExportedProgram`, or text or a path: `x.pt2`,
-            `timm:NAME` (pretrained weights if they are in the local cache, else random ones; nothing is downloaded),
-            `hf:DIR_OR_ID` (safetensors only; no code that comes with a model is run), or `file.py:function`, a function
-            without arguments that returns a model, (model, args) or (model, args, kwargs).
+        spec: a `Source`, an `nn.Module` (an `fx.GraphModule` is one), an `ExportedProgram`, or text or a path:
+            `x.pt2`, `x.onnx` (example inputs are made from its declared shapes and types), `timm:NAME` (pretrained
+            weights if they are in the local cache, else random ones; nothing is downloaded), `hf:DIR_OR_ID`
+            (safetensors only; no code that comes with a model is run), or `file.py:function`, a function without
+            arguments that returns a model, (model, args) or (model, args, kwargs).
         args, kwargs: example inputs; used instead of those that come with the model.
 
     Raises:
@@ -56,8 +62,11 @@ def resolve(spec: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) 
         MissingDependency: timm or transformers is needed and not installed.
         FactoryFailed: the user's function failed or returned something else.
         CorruptModel, PickleRefused, UnsafeProgram, UntrustedNativeCode: see `safe_pt2.load_program` and `hf`.
+        MalformedGraph, UnknownOps and their kin, InputMismatch: see `onnx.source`.
     """
     given = dict(kwargs or {})
+    if isinstance(spec, Source):
+        return spec
     if isinstance(spec, ExportedProgram):
         return _with_inputs(Source(spec, name="program", kind="program"), args, given)
     if isinstance(spec, nn.Module):
@@ -65,6 +74,8 @@ def resolve(spec: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) 
     if not isinstance(spec, str | os.PathLike):
         raise UnknownModelFormat(path=repr(spec)[:80], accepted=f"an nn.Module, an ExportedProgram, {ACCEPTED}")
     read = check_exists(spec)
+    if read.kind == "onnx":
+        return _onnx(read, args, given)
     source = {"timm": _timm, "hf": _hf, "factory": _factory, "pt2": _pt2}[read.kind](read)
     return _with_inputs(source, args, given)
 
@@ -79,6 +90,22 @@ def _with_inputs(source: Source, args: Any, kwargs: dict[str, Any]) -> Source:
     else:
         chosen = (source.args, source.kwargs)
     return Source(source.model, *chosen, source.name, source.kind, source.directory, source.note)
+
+
+def _onnx(spec: Spec, args: Any, kwargs: dict[str, Any]) -> Source:
+    from .onnx.source import load_onnx
+
+    path = Path(spec.value)
+    loaded = load_onnx(spec.value, args, kwargs)
+    return Source(
+        loaded.module,
+        loaded.args,
+        name=path.stem,
+        kind="onnx",
+        directory=path.parent,
+        axes=loaded.axes,
+        interface=loaded.interface,
+    )
 
 
 def _pt2(spec: Spec) -> Source:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,6 +98,27 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Interface:
+    """How a model's file calls what goes in and out, where that is not what the program calls it.
+
+    inputs, outputs  names in order
+    dimensions       per input, (axis, name) of its dynamic dimensions
+    metadata         what the file says of itself: key-value pairs
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dimensions: tuple[tuple[tuple[int, str], ...], ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Interface:
+        """From what `dataclasses.asdict` made, through JSON or not."""
+        dimensions = tuple(tuple((axis, name) for axis, name in one) for one in values["dimensions"])
+        return Interface(tuple(values["inputs"]), tuple(values["outputs"]), dimensions, dict(values["metadata"]))
+
+
+@dataclass(frozen=True)
 class TokenGraph:
     """An exported program in canonical form with its attention sites and token stream.
 
@@ -108,6 +129,7 @@ class TokenGraph:
     grid          rows and columns of the patch tokens, where known
     name          what the user called the model
     source_hash   sha256 of the captured graph and of the names and shapes of its weights, for recipes
+    interface     names that the model's file gave, None where there is no such file
     """
 
     program: ExportedProgram
@@ -118,6 +140,7 @@ class TokenGraph:
     grid: tuple[int, int] | None = None
     name: str = "model"
     source_hash: str = ""
+    interface: Interface | None = None
 
     @property
     def hides_later(self) -> bool:
@@ -138,7 +161,7 @@ class TokenGraph:
 
     def with_program(self, program: ExportedProgram) -> TokenGraph:
         """The same graph with another program and nothing known of it yet."""
-        return TokenGraph(program, name=self.name, source_hash=self.source_hash)
+        return TokenGraph(program, name=self.name, source_hash=self.source_hash, interface=self.interface)
 
     def with_name(self, name: str) -> TokenGraph:
         """The same graph under another name."""

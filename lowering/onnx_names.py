@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+
+from ..graph import Interface
 
 
 def output_names(program: ExportedProgram, *, token_map: bool = False) -> list[str]:
@@ -60,6 +63,20 @@ def _keys(spec: pytree.TreeSpec, count: int) -> Sequence[str]:
     if dataclasses.is_dataclass(kind) and len(dataclasses.fields(kind)) == count:
         return [one.name for one in dataclasses.fields(kind)]
     return [str(i) for i in range(count)]
+
+
+def file_names(program: ExportedProgram, interface: Interface | None, *, token_map: bool = False) -> dict[str, Any]:
+    """Names for `export_onnx`: those of the model's own file where it has one, else what the program calls things."""
+    if interface is None:
+        return {"output_names": output_names(program, token_map=token_map)}
+    outputs = [*interface.outputs, *(["token_map"] if token_map else [])]
+    user_inputs = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
+    dimensions: dict[str, str] = {}
+    for node, named in zip(nodes, interface.dimensions, strict=True):
+        for axis, name in named:
+            dimensions.setdefault(str(node.meta["val"].shape[axis]), name)
+    return {"input_names": interface.inputs, "output_names": outputs, "dimensions": dimensions}
 
 
 def dimension_names(program: ExportedProgram) -> dict[str, str]:

@@ -42,8 +42,8 @@ def compile(
     The result shares the model's weights; the model itself is not changed.
 
     Args:
-        model: an `nn.Module` in eval mode, an `fx.GraphModule`, an `ExportedProgram`, or text: the path of a `.pt2`
-            file, `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`.
+        model: an `nn.Module` in eval mode, an `fx.GraphModule`, an `ExportedProgram`, or text: the path of a `.pt2` or
+            `.onnx` file, `timm:NAME`, `hf:DIR_OR_ID`, `file.py:function`.
         args: example inputs, positional (a tuple, or one tensor); batch 1 is as good as any.
         kwargs: example inputs by keyword.
         passes: pass objects, or text: `"tome:r=13 + evit:keep_ratio=0.7"`, or a list of either.
@@ -112,7 +112,7 @@ def prepare(
     args = args if isinstance(args, tuple | list | Mapping) else (args,)
     source = resolve(model, args, kwargs)
     step(f"capturing {source.name}")
-    graph = capture(source.model, source.args, source.kwargs, dynamic_shapes=dynamic_shapes, name=source.name)
+    graph = capture(source, dynamic_shapes=dynamic_shapes, name=source.name)
     call = example_call(graph.program, source.args, source.kwargs)
     if call is None:
         hint = "pass them as args=(tensor, ...), or save the program with its example inputs."

@@ -20,11 +20,12 @@ from .options import MODES
 
 DESCRIPTION = "Rewrite a transformer so that it computes on fewer tokens, check it, and write it down."
 EPILOG = """\
-INPUT is a .pt2 file, timm:NAME, hf:DIRECTORY_OR_ID, or file.py:function.
+INPUT is a .pt2 or .onnx file, timm:NAME, hf:DIRECTORY_OR_ID, or file.py:function.
 
 examples:
   optimize-model timm:vit_small_patch16_224 --pass tome:r=13 -o vit-tome.onnx
   optimize-model hf:./minilm --pass tome:keep_ratio=0.9 --verify data.npz --max-drift 0.05 -o out/
+  optimize-model model.onnx --pass tome:keep_ratio=0.9 -o smaller.onnx
   optimize-model model.pt2 --check
   optimize-model --config recipe.yaml
 

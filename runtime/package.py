@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
-from ..graph import TokenGraph
+from ..graph import Interface, TokenGraph
 from ..report import Report
 from ..target import Target
 from .embedded import EXTRA, RECIPE, read_extra
@@ -34,6 +34,7 @@ def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
         "report": model.report.with_changes(artifacts=(), benchmarks=()).to_dict(),
         "name": model.graph.name,
         "token_map": model.token_map,
+        "interface": model.graph.interface and asdict(model.graph.interface),
     }
     with whole(Path(path), overwrite) as temporary:
         draft = temporary.with_name("model.pt2")  # the file's name becomes part of its content
@@ -63,8 +64,10 @@ def load_package(path: str, *, trusted: bool) -> CompiledModel:
     extra = read_extra(path)
     recipe = Recipe.from_dict(extra["recipe"], path)
     call = example_call(program)
+    names = extra.get("interface")
+    interface = names and Interface.from_dict(names)
     return CompiledModel(
-        graph=TokenGraph(program, name=extra["name"], source_hash=recipe.source_hash),
+        graph=TokenGraph(program, name=extra["name"], source_hash=recipe.source_hash, interface=interface),
         original=None,
         call=call if call is not None else ((), {}),
         recipe=recipe,
@@ -80,10 +83,14 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
     from ..lowering.callables import lower
     from ..lowering.onnx import export_onnx
     from ..lowering.onnx_check import check_onnx
-    from ..lowering.onnx_names import output_names
+    from ..lowering.onnx_names import file_names
 
-    program = model.graph.program
-    metadata = {RECIPE: model.recipe.to_json(), "tamis.version": model.recipe.versions.get("tamis", "")}
+    program, interface = model.graph.program, model.graph.interface
+    metadata = {
+        **(interface.metadata if interface else {}),
+        RECIPE: model.recipe.to_json(),
+        "tamis.version": model.recipe.versions.get("tamis", ""),
+    }
 
     def hold_against_torch(draft: Path) -> None:
         calls = other_sizes(program, model.example_call) or [model.example_call]
@@ -97,7 +104,7 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
             path,
             inline=inline,
             metadata=metadata,
-            output_names=output_names(program, token_map=model.token_map),
+            **file_names(program, interface, token_map=model.token_map),
             overwrite=overwrite,
             check=hold_against_torch if check else None,
         )

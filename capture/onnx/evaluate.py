@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import onnx_ir as ir
@@ -44,6 +45,7 @@ class Evaluator:
         self.graph = file.graph
         self.nodes = _needed(file.graph)
         self.entries = self._find(file.graph)
+        self.frames = {node: _frame(file.path, node, i) for i, node in enumerate(_all_nodes(file.graph), 1)}
         self.constants: dict[ir.Value, Value] = {}
         self.weights: dict[ir.Value, Tensor] = {}
         for value, weight in file.weights.items():
@@ -138,7 +140,7 @@ class Evaluator:
         numbers = self._by_arithmetic(node, inputs, attributes)
         if numbers is not None:
             return numbers
-        result = self.entries[node].call(inputs, attributes, len(node.outputs))
+        result = self.frames[node](self.entries[node].call, inputs, attributes, len(node.outputs))
         return result if isinstance(result, tuple) else (result,)
 
     def _by_arithmetic(
@@ -218,6 +220,21 @@ def _version(node: ir.Node, graph: ir.Graph) -> int:
 def told(node: ir.Node) -> str:
     """A node's name, or that of its first output."""
     return node.name or (node.outputs[0].name if node.outputs else None) or "without a name"
+
+
+def _frame(path: str, node: ir.Node, number: int) -> Callable[..., Any]:
+    """A function that calls another one, and in stack traces is the line `number` of the node.
+
+    Export keeps for every operation the `forward` calls it was made in; what is said of one later names the file, the
+    node and its number this way, as it names a line of a Python model.
+    """
+
+    def forward(function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    name = told(node).replace(",", " ")
+    code = forward.__code__.replace(co_filename=f"{path}: {name}", co_firstlineno=number)
+    return FunctionType(code, {})
 
 
 def _some(nodes: list[str]) -> str:

@@ -21,7 +21,7 @@ class OnnxModule(nn.Module):
 
     Called with its inputs by position or by name (names that are no Python identifiers are made ones, see
     `input_names`); returns the one output, or a dict of all by name.  Weights are parameters and buffers under the
-    names of the initializers (with a `_` behind where torch has the name for itself).
+    names of the initializers (`.weight` is added to a name without a dot, `_` to one that torch has for itself).
 
     inputs, outputs  the file's values;  input_names  what `forward` calls its parameters
     """
@@ -94,8 +94,11 @@ def _read_by(node: ir.Node) -> Iterable[ir.Value]:
 
 
 def _hang(module: nn.Module, name: str, weight: Tensor) -> tuple[nn.Module, str]:
-    """Register a weight under its dotted name; a place that is taken, or no place, gets another name."""
-    *path, last = [re.sub(r"\s", "_", part) or "_" for part in name.split(".")]
+    """Register a weight under its dotted name; a place that is taken, or no place, gets another name.
+
+    A name without a dot gets one: names such as `val_74` and `add_3` are given to computed values on the way out.
+    """
+    *path, last = [re.sub(r"\s", "_", part) or "_" for part in (name if "." in name else f"{name}.weight").split(".")]
     for part in path:
         child = module._modules.get(part)
         if child is None:

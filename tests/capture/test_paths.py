@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("net.py:make", Spec("factory", "net.py", "make")),
         ("vit.pt2", Spec("pt2", "vit.pt2")),
         ("./vit.pt2", Spec("pt2", "vit.pt2")),
+        ("vit.onnx", Spec("onnx", "vit.onnx")),
     ],
 )
 def test_read(here: Path, text: str, spec: Spec) -> None:
@@ -48,7 +49,7 @@ def test_missing(here: Path) -> None:
         check_exists("vti.pt2")
     assert str(caught.value) == "vti.pt2: no such file or directory.\n  hint: did you mean vit.pt2?"
     with pytest.raises(
-        ModelNotFound, match=r"nowhere/x.pt2: no such file or directory.\n  hint: give a .pt2 file, timm:"
+        ModelNotFound, match=r"nowhere/x.pt2: no such file or directory.\n  hint: give a .pt2 or .onnx file, timm:"
     ):
         check_exists("nowhere/x.pt2")
     with pytest.raises(ModelNotFound, match=r"nte.py: no such file"):
@@ -60,8 +61,10 @@ def test_missing(here: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("vit.onnx", "ONNX files as input are not there yet"),
-        ("notes.txt", "give a .pt2 file, timm:NAME, hf:DIR_OR_ID, a directory with config.json, or file.py:function"),
+        (
+            "notes.txt",
+            "give a .pt2 or .onnx file, timm:NAME, hf:DIR_OR_ID, a directory with config.json, or file.py:function",
+        ),
         ("net.py", "give the function that makes the model: net.py:FUNCTION"),
         ("empty", "give a directory with config.json and model.safetensors"),
         ("hf:./empty", "give a directory with config.json and model.safetensors"),

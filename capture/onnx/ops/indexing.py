@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..known import Known
 from ..table import Ints, Number, Value, op, tensor
@@ -20,12 +21,17 @@ def wrapped(index: Tensor, size: Any) -> Tensor:
 
 @op("Gather")
 def gather(x: Tensor, index: Value, *, axis: int = 0) -> Tensor:
-    """Slices along an axis; the index's shape takes the axis's place."""
+    """Slices along an axis; the index's shape takes the axis's place.
+
+    Rows of a weight are looked up as an embedding, which refuses negative indices: they are ids of tokens or positions.
+    """
     axis = axis % x.ndim
     if isinstance(index, Known) and index.data.ndim == 0:
         return x.select(axis, index.number())
     places = tensor(index)
     places = places if places.dtype == torch.int64 else places.to(torch.int64)
+    if axis == 0 and x.ndim == 2 and isinstance(x, nn.Parameter):
+        return F.embedding(places, x)
     before: list[Any] = [slice(None)] * axis
     return x[(*before, places)]  # torch counts negative indices from the end too
 

@@ -75,7 +75,7 @@ def test_a_window_of_positions() -> None:
         model(positions, ["b", "n", 4], one=[1], two=[2], zero=[0], table=table), numbers(2, 3, 4), numbers(3, 9, 4)
     )
     assert ops(program) == ["slice", "add"]
-    assert list(program.state_dict) == ["table"]
+    assert list(program.state_dict) == ["table.weight"]
 
 
 def test_integers_divide_towards_zero() -> None:
