@@ -22,12 +22,7 @@ def find_prefix(program: ExportedProgram, start: fx.Node, end: fx.Node) -> tuple
     and register tokens); and token 0 where the model reads it by position after the last layer (BERT's [CLS]).
     """
     pieces = _joined(program, start)
-    inputs = set(user_inputs(program))
-    prefix = 0
-    for piece in pieces:
-        if inputs & (ancestors(piece, through_sizes=False) | {piece}):
-            break
-        prefix += int(piece.meta["val"].shape[1])
+    prefix = _independent(program, pieces)
     first_is_single = bool(pieces) and prefix > 0 and int(pieces[0].meta["val"].shape[1]) == 1
     read = _reads_first_token(end)
     return max(prefix, int(read)), first_is_single or read
@@ -43,6 +38,26 @@ def find_grid(start: fx.Node, prefix: int) -> tuple[int, int] | None:
             if all(isinstance(x, int) for x in (rows, columns, tokens)) and rows * columns == tokens - prefix:
                 return int(rows), int(columns)
     return None
+
+
+def _independent(program: ExportedProgram, pieces: list[fx.Node]) -> int:
+    """How many leading tokens of the joined pieces do not depend on the user's tensors.
+
+    A piece may itself be the front of what was joined before: DINOv2 puts its registers behind a class token that it
+    cuts off again.
+    """
+    inputs, count = set(user_inputs(program)), 0
+    for piece in pieces:
+        size = piece.meta["val"].shape[1]
+        if inputs & (ancestors(piece, through_sizes=False) | {piece}):
+            before = [
+                a for a in piece.all_input_nodes if piece.target is aten.slice.Tensor and piece.args[1:3] == (1, 0)
+            ]
+            known = _independent(program, _joined(program, before[0])) if before else 0
+            if not isinstance(size, int) or known < size:
+                return count + known
+        count += int(size)
+    return count
 
 
 def _joined(program: ExportedProgram, node: fx.Node) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from family import image_inputs as image_inputs
 from family import quietly as quietly
 from family import text_inputs as text_inputs
 from torch import nn
+from zoo_hf import HF
 from zoo_text import TEXT
 from zoo_text import bert as bert
 
@@ -117,6 +118,7 @@ FAMILIES = {
         Family("hf_vit", hf_vit, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("hf_vit_classifier", hf_vit_classifier, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("clip_vision", clip_vision, image_inputs(80, "pixel_values"), 1, 26, oracle="clip"),
+        *HF,
         *TEXT,
     )
 }

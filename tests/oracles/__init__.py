@@ -1,6 +1,7 @@
 """One hand-written forward per architecture: (model, family, methods, inputs) -> (outputs in order, Stream)."""
 
 from oracles.bert import albert, bert, distilbert, mpnet
+from oracles.hf_plain import dpt, hf_plain, vit_mae_pretraining, whisper
 from oracles.hf_positions import hf_beit, hf_dinov3, hf_siglip
 from oracles.hf_text import clip_text, modernbert, t5
 from oracles.hf_vision import clip, hf_vit
@@ -12,6 +13,10 @@ FORWARDS = {
     "timm_eva": timm_eva,
     "timm_beit": timm_beit,
     "hf_vit": hf_vit,
+    "hf_plain": hf_plain,
+    "whisper": whisper,
+    "vit_mae_pretraining": vit_mae_pretraining,
+    "dpt": dpt,
     "hf_dinov3": hf_dinov3,
     "hf_beit": hf_beit,
     "hf_siglip": hf_siglip,
@@ -19,8 +24,8 @@ FORWARDS = {
     "bert": bert,
     "distilbert": distilbert,
     "albert": albert,
+    "mpnet": mpnet,
     "t5": t5,
     "modernbert": modernbert,
     "clip_text": clip_text,
 }
-    "mpnet": mpnet,
