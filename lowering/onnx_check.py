@@ -50,9 +50,9 @@ def check_onnx(
         args, kwargs = one if len(one) == 2 and isinstance(one[0], tuple) and isinstance(one[1], dict) else (one, {})
         with torch.no_grad():
             expected = [value for value in pytree.tree_leaves(call(*args, **kwargs)) if value is not None]
-        given = [value for value in pytree.tree_leaves((args, kwargs)) if value is not None]
+        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         got = _run(path, session, given, name)
-        shapes = ", ".join(str(tuple(value.shape)) for value in given if isinstance(value, Tensor))
+        shapes = ", ".join(str(tuple(value.shape)) for value in given)
         for place, (output, want, have) in enumerate(zip(session.get_outputs(), expected, got, strict=True)):
             difference = _difference(*(compared((args, kwargs), place, one) for one in (want, have)))
             worst = max(worst, difference)

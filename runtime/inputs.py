@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
 from ..errors import InputMismatch
@@ -22,10 +23,12 @@ class Inputs:
     """Parameters of a program's forward: the first ones positional, the rest by keyword, as the example call had them.
 
     A positional parameter that is a nested value (a dict, a list) has no name of its own in the program: None.
+    `fixed` holds those that are no tensors (a number, a flag): the program is for these values, which may be left out.
     """
 
     positional: tuple[str | None, ...]
     keyword: tuple[str, ...]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(program: ExportedProgram) -> Inputs:
@@ -36,7 +39,10 @@ class Inputs:
         for child in args_spec.children():
             names = [next(leaves).name for _ in range(child.num_leaves)]
             positional.append(names[0] if child.is_leaf() else None)
-        return Inputs(tuple(positional), tuple(kwargs_spec.context or ()))
+        arguments = (spec.arg for spec in program.graph_signature.input_specs)
+        constants = (one for one in arguments if isinstance(one, ConstantArgument) and one.value is not None)
+        fixed = {one.name: one.value for one in constants}
+        return Inputs(tuple(positional), tuple(kwargs_spec.context or ()), fixed)
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +53,7 @@ class Inputs:
         """The call as the program wants it, however the caller split it into positional and keyword arguments.
 
         A single dict given for keywords is spread, as tokenizers' results are meant.  Arguments the program does not
-        have are refused unless they are None; missing ones are None.
+        have are refused unless they are None; missing ones are the fixed value, or None.
 
         Raises:
             InputMismatch: too many, unknown or doubly given arguments.
@@ -68,7 +74,7 @@ class Inputs:
                 self._refuse(f"{name!r} twice", "takes each input once")
             if place is not None:
                 given[place] = value
-        ordered = [given.get(i) for i in range(len(order))]
+        ordered = [self.fixed.get(order[i] or "") if given.get(i) is None else given[i] for i in range(len(order))]
         count = len(self.positional)
         return tuple(ordered[:count]), dict(zip(self.keyword, ordered[count:], strict=True))
 

@@ -11,6 +11,7 @@ import torch
 from decoders import DECODERS, captured, prompt
 
 import tamis
+from tamis.errors import InputMismatch
 from tamis.runtime.check import check_model
 
 HEAVY = [pytest.param(name, marks=pytest.mark.full) for name in DECODERS if name != "gemma2"]
@@ -35,6 +36,24 @@ def test_an_onnx_file_returns_logits_and_cache(name: str, tmp_path: Path) -> Non
         flat = [one.transpose(1, 2).numpy() for pair in expected.past_key_values for one in pair]
         for got, want in zip(pairs, flat, strict=True):
             np.testing.assert_allclose(got.transpose(0, 2, 1, 3)[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_last_token_only_is_what_it_was_captured_for(tmp_path: Path) -> None:
+    model, _ = captured("llama")
+    fast = tamis.compile(
+        model, kwargs={**prompt(2, 12, "left"), "logits_to_keep": 1}, passes=[], allow_noop=True, verify=False
+    )
+    inputs = prompt(3, 7, "left")
+    logits = fast(**inputs).logits
+    assert logits.shape == (3, 1, 60)
+    assert torch.equal(fast(**inputs, logits_to_keep=1).logits, logits)
+    with pytest.raises(InputMismatch, match="logits_to_keep == 1"):
+        fast(**inputs, logits_to_keep=2)
+    fast.export(tmp_path / "decoder.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "decoder.onnx"), providers=["CPUExecutionProvider"])
+    assert [given.name for given in session.get_inputs()] == ["input_ids", "attention_mask"]
+    (got,) = session.run(["logits"], {key: value.numpy() for key, value in inputs.items()})
+    np.testing.assert_allclose(got, logits.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
