@@ -1,6 +1,6 @@
 """What token reduction costs in accuracy, beside random drop at the same token counts.
 
-    python benchmarks/accuracy.py [--only digits] [--methods tome,evit] [--scenes 300]
+    python benchmarks/accuracy.py [--only digits] [--methods tome,evit] [--scenes 200]
     python benchmarks/accuracy.py --render
 
 Two trained models: a small ViT of our own (`digits/`) on held-out scenes, and MiniLM with its real weights on retrieval
@@ -148,7 +148,7 @@ def merged(old: dict[str, Any], new: dict[str, Any], run: dict[str, Any]) -> dic
     """
     names = {row["method"] for row in new["rows"]}
     same = {k: v for k, v in old.items() if k not in ("rows", "runs")} == {k: v for k, v in new.items() if k != "rows"}
-    kept = [row for row in old["rows"] if row["method"] not in names] if same else []
+    kept = [row for row in old.get("rows", []) if row["method"] not in names] if same else []
     rows = sorted([*kept, *new["rows"]], key=lambda row: row["method"])
     runs = {row["method"]: run if row["method"] in names else old["runs"][row["method"]] for row in rows}
     return {**new, "rows": rows, "runs": runs}
@@ -157,7 +157,7 @@ def merged(old: dict[str, Any], new: dict[str, Any], run: dict[str, Any]) -> dic
 def main() -> None:
     """Measure what was asked for, keep the rest of the result file, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=300, help="held-out scenes per seed (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=200, help="held-out scenes per seed (default: %(default)s)")
     parser.add_argument("--only", choices=("digits", "retrieval"), help="measure one of the two")
     parser.add_argument("--methods", default="", help="names with commas between them (default: all)")
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page from the result file")
