@@ -3,62 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from written_attention import (
+    BIAS,
+    HEADS,
+    attentions,
+    captured,
+    example,
+    fold,
+    hidden,
+    repeated,
+    unfold,
+)
 from zoo import FAMILIES, quietly
 
 from tamis.capture import capture
 from tamis.capture.canonical import canonicalise
 from tamis.capture.export import export_module
 from tamis.capture.raise_attention import find_near_misses
-from tamis.errors import UnknownAttention
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
-HEADS = 2
-
-
-class Attention(nn.Module):
-    """Queries, keys and values [B, 2, N, 4] of x [B, N, 24], and a written-out attention on them."""
-
-    def __init__(self, attend: Callable[..., Any]) -> None:
-        super().__init__()
-        self.attend = attend
-        self.eval()
-
-    def forward(self, x: Tensor) -> Any:
-        batch, tokens, _ = x.shape
-        q, k, v = x.reshape(batch, tokens, 3, HEADS, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.attend(q, k, v)
-
-
-def example(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, 5, 24, generator=torch.Generator().manual_seed(batch)).to(dtype)
-
-
-def captured(attend: Callable[..., Any], dtype: torch.dtype = torch.float32, tolerance: float = 1e-6) -> fx.Graph:
-    """The canonical graph, checked at batches 1 and 3 against the function."""
-    model = Attention(attend)
-    program = canonicalise(export_module(model, example(2, dtype)))
-    for batch in (1, 3):
-        x = example(batch, dtype)
-        torch.testing.assert_close(program.module()(x), model(x), rtol=tolerance, atol=tolerance)
-    return program.graph
-
-
-def attentions(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.target is SDPA]
-
-
-def hidden(n: int = 5) -> Tensor:
-    """A causal mask, true where keys are hidden."""
-    return torch.ones(n, n).triu(1).bool()
-
-
-BIAS = torch.randn(1, HEADS, 5, 5, generator=torch.Generator().manual_seed(9))
 RAISED: dict[str, tuple[Callable[..., Tensor], float]] = {
     "plain": (lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(-1) @ v, 1.0),
     "scaled q": (lambda q, k, v: ((q * 0.5) @ k.transpose(-2, -1)).softmax(-1) @ v, 0.5),
@@ -133,24 +100,6 @@ def test_a_mask_in_another_type_is_cast() -> None:
     assert mask.meta["val"].dtype == torch.bfloat16
 
 
-def fold(x: Tensor) -> Tensor:
-    """[B, 2, N, D] -> [B * 2, N, D]."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def repeated(bias: Tensor, like: Tensor) -> Tensor:
-    return bias.expand(like.shape[0], -1, -1, -1)
-
-
-def unfold(x: Tensor) -> Tensor:
-    return x.reshape(-1, HEADS, *x.shape[1:])
-
-
-def outside(x: Tensor) -> Tensor:
-    """[B, 2, N, D] -> [2 * B, N, D]."""
-    return x.transpose(0, 1).reshape(-1, *x.shape[2:])
-
-
 def tokens_first(x: Tensor) -> Tensor:
     """[B, 2, N, D] -> [N, B, 2 * D], heads in the channels, folded from there."""
     whole = x.permute(2, 0, 1, 3).flatten(2)
@@ -219,96 +168,6 @@ def test_torch_attention_has_its_axes_apart(need_weights: bool) -> None:
             assert not any("*" in str(size) for size in value.shape), f"{node.name} folds axes: {value.shape}"
     with torch.no_grad():
         torch.testing.assert_close(graph.program.module()(example(3)), model(example(3)))
-
-
-TABLE = torch.full((1, HEADS, 1, 1), 0.5)
-MISSED: dict[str, tuple[Callable[..., Any], str]] = {
-    "probabilities returned": (
-        lambda q, k, v: ((p := (q @ k.mT).softmax(-1)) @ v, p),
-        "the probabilities are used elsewhere too (by output)",
-    ),
-    "scaled after the mask": (
-        lambda q, k, v: ((q @ k.mT + BIAS) * 0.5).softmax(-1) @ v,
-        "the logits are scaled (at mul) after a mask was applied (at add)",
-    ),
-    "softmax over queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "the softmax is over axis -2"),
-    "heads outside the batch": (
-        lambda q, k, v: (outside(q) @ outside(k).mT).softmax(-1) @ outside(v),
-        "its heads are folded into the batch in a way that is not known",
-    ),
-    "five axes": (
-        lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None],
-        "its logits have 5 axes, not 4 (batch, heads, queries, keys)",
-    ),
-    "scaled after a folded bias": (
-        lambda q, k, v: unfold((torch.baddbmm(BIAS[0, :1], fold(q), fold(k).mT) * 2).softmax(-1) @ fold(v)),
-        "the logits are scaled after a bias was added (at baddbmm)",
-    ),
-    "learned scale": (lambda q, k, v: (q @ k.mT * TABLE).softmax(-1) @ v, "stands between the product"),
-    "capped after a mask": (
-        lambda q, k, v: torch.tanh((q @ k.mT).masked_fill(hidden(), -1e9)).softmax(-1) @ v,
-        "the logits are capped after a mask was applied",
-    ),
-    "capped twice": (
-        lambda q, k, v: torch.tanh(torch.tanh(q @ k.mT)).softmax(-1) @ v,
-        "(aten.tanh) stands between the product",
-    ),
-    "filled with zero": (
-        lambda q, k, v: (q @ k.mT).masked_fill(hidden(), 0.0).softmax(-1) @ v,
-        "hidden logits are set to 0.0, which does not hide them",
-    ),
-    "logits in float": (
-        lambda q, k, v: (q.double() @ k.double().mT).softmax(-1).float() @ v,
-        "queries, keys and values have different types",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISSED)
-def test_near_misses_are_explained(name: str) -> None:
-    attend, reason = MISSED[name]
-    graph = captured(attend)
-    assert attentions(graph) == []
-    (miss,) = find_near_misses(graph)
-    assert "softmax" in miss.node
-    assert reason in miss.reason
-
-
-def test_a_model_whose_attention_is_not_known_is_told_how_far_it_got() -> None:
-    """DeBERTa adds products with position vectors to its logits before the heads get their axis."""
-    from transformers import DebertaV2Config, DebertaV2Model
-
-    sizes = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}
-    positions = {"max_position_embeddings": 32, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
-    model = quietly(lambda: DebertaV2Model(DebertaV2Config(**sizes, **positions, vocab_size=60))).eval()
-    args, kwargs = FAMILIES["bert"].inputs(2)
-    with pytest.raises(UnknownAttention) as error:
-        capture(model, args, kwargs)
-    assert "2 softmax(es) look like attention" in str(error.value)
-    assert "modeling_deberta_v2.py" in str(error.value)
-    assert "(aten.reshape) stands between the product of queries and keys and the softmax" in str(error.value)
-
-
-def test_the_reason_that_got_furthest_is_told() -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first = (q @ k.mT).softmax(-2) @ v
-        return torch.tanh(q @ k.mT + first @ first.mT).softmax(-1) @ v + (q @ k.mT).softmax(-2) @ first
-
-    misses = find_near_misses(captured(attend))
-    assert len(misses) == 3
-    assert max(misses).reason == "the logits are capped after a mask was applied (at add)"
-
-
-def test_looking_for_near_misses_changes_nothing() -> None:
-    graph = captured(MISSED["learned scale"][0])
-    before = [n.format_node() for n in graph.nodes]
-    find_near_misses(graph)
-    assert [n.format_node() for n in graph.nodes] == before
-
-
-def test_other_softmaxes_are_no_near_misses() -> None:
-    graph = canonicalise(export_module(nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)).eval(), torch.ones(2, 4))).graph
-    assert find_near_misses(graph) == []
 
 
 def test_eager_transformers_are_raised() -> None:
