@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..capture.sites import attention_argument, attention_parameter
 from ..graph import Mask, Site
 from .axis_rules.call import Answer, Call, align_epoch, bring_side
 from .token_axes import Axes, NeedsFullLength
@@ -30,14 +31,14 @@ def attend(call: Call, site: Site) -> Answer:
     bias = call.state.key_bias() if k_axes is not None else None
     mask = _live_mask(call, site.mask, q_axes, k_axes)
     answer = q_axes
-    if bias is None:
+    if bias is None and site.softcap is None:
         kwargs: dict[str, Any] = {} if site_uses_default_scale(site) else {"scale": site.scale}
         if causal:
             kwargs["is_causal"] = True
         if site.kv_heads != site.heads:
             kwargs["enable_gqa"] = True
         return SDPA(q, k, v, mask, **kwargs), answer
-    return ATTENTION(q, k, v, bias, mask, site.scale, causal), answer
+    return ATTENTION(q, k, v, bias, mask, site.scale, causal, site.softcap), answer
 
 
 def site_uses_default_scale(site: Site) -> bool:
@@ -59,11 +60,13 @@ def _check_heads(q: Axes | None, k: Axes | None, v: Axes | None, rank: int) -> N
 
 
 def _live_mask(call: Call, mask: Mask, q_axes: Axes | None, k_axes: Axes | None) -> Tensor | None:
-    node = call.node.args[3] if len(call.node.args) > 3 else call.node.kwargs.get("attn_mask")
+    parameter = attention_parameter(call.node, "mask")
+    assert parameter is not None
+    node = attention_argument(call.node, "mask")
     covered = mask.kind in ("full", "causal") or (mask.kind == "padding" and k_axes is not None)
     if not isinstance(node, fx.Node) or covered:
         return None
-    live: Any = call.args[3] if len(call.args) > 3 else call.kwargs["attn_mask"]
+    live: Any = call.arg(*parameter)
     if call.axes_of(node) is not None:
         return live
     rank = call.args[0].dim()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch.fx.traceback import set_current_meta
 
-from ..capture.masks import ancestors
+from ..capture.closure import ancestors
 from ..errors import PositionRead, TokenAxisUnsupported, TokenShapeConflict
 from ..graph import TokenGraph, op_name, shape_text, source_line
 from ..rewrite import Options, Outcome

@@ -118,12 +118,16 @@ class TokenReduction(Pass):
 
     def why_not(self, graph: TokenGraph) -> str:
         """Why this method cannot run on the graph; "" when it can."""
-        if any(getattr(node.target, "namespace", "") == "tamis" for node in graph.graph.nodes):
+        captured = {site.node for site in graph.sites}
+        ours = (node for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "tamis")
+        if any(node.name not in captured for node in ours):
             return "the model was reduced before; put all passes in one recipe for the original, where they compose"
         if not graph.layers:
             return "no token stream was found"
         if self.needs_class_token and not graph.class_token:
             return "it scores tokens by the class token's attention, and this model has no class token"
+        if self.needs_class_token and any(graph.sites[layer.site].softcap is not None for layer in graph.layers):
+            return "it scores tokens by the class token's attention, which it cannot yet read under a soft cap"
         if graph.hides_later and self.needs_class_token:
             return "attention is causal: its first token sees itself alone and scores nothing"
         if graph.hides_later and not self.causal:
