@@ -24,7 +24,8 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
     """The sites with their roles, and the layers of the stream in order.
 
     A site is on a stream when its result is added to a value [B, N, C] it was computed from, with the same tokens.  Of
-    several streams the one that is not causal and has most layers is taken, the first of equals.
+    several streams the one that is not causal and has most layers is taken, the first of equals.  Sites whose results
+    meet before the add (differential attention) are one layer, that of the first.
     """
     by_name = {node.name: node for node in graph.nodes}
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -39,6 +40,7 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
             found.append((site, residual))
     found = _deepest(graph, found)
     mine = {site.index for site, _ in found}
+    found = [layer for i, layer in enumerate(found) if layer[1].add not in [other[1].add for other in found[:i]]]
     judged = [
         _of_another_stream(site, found) if site.role == "stream" and site.index not in mine else site for site in judged
     ]
@@ -100,6 +102,8 @@ class Residual:
 def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: Site) -> Residual | str:
     """The residual add of a site, or why it has none."""
     attention, q, k = by_name[site.node], by_name[site.q], by_name[site.k]
+    if q.meta["val"].dim() != 4:
+        return f"its queries have {q.meta['val'].dim()} axes, not batch, heads, tokens, channels"
     above = ancestors(q)
     tokens, keys = q.meta["val"].shape[-2], k.meta["val"].shape[-2]
     below, joined = {attention}, False

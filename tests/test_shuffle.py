@@ -94,6 +94,7 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "
 IMAGE = {**SIZES, "image_size": 64, "patch_size": 16}
 TEXT = {**SIZES, "vocab_size": 60, "max_position_embeddings": 64}
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+DIFF = {**VIT, "embed_dim": 80, "num_heads": 5}
 STAGES = {"hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 2]}
 SOUND = {
     **SIZES,
@@ -134,6 +135,10 @@ TAKES_SOME: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tens
     "convolution before the layers": (hf_module("Wav2Vec2Model", "Wav2Vec2Config", **SOUND), sound),
     "images behind one another": (hf_module("PixtralVisionModel", "PixtralVisionConfig", **IMAGE), lambda: images(64)),
     "a mask that learns positions": (timm_module("vit_relpos_small_patch16_224", **VIT), lambda: images(64)),
+    "two attentions, one of them subtracted": (
+        timm_module("vit_dlittle_patch16_reg1_gap_256", **DIFF),
+        lambda: images(64),
+    ),
     "rotation of each axis": (timm_module("vit_base_patch16_rope_mixed_224", **VIT), lambda: images(64)),
     "rotation in text": (hf_module("EsmModel", "EsmConfig", **TEXT, pad_token_id=1, token_dropout=False), ids),
 }

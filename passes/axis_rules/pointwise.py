@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..token_axes import Axes, NeedsFullLength
-from .call import Answer, Call, Rule, align_epoch, aten, bring_side
+from .call import Answer, Call, Rule, align_epoch, aten, bring_side, rule
 
 # Element-wise in meaning though torch does not tag them so.
 ALSO_POINTWISE = {
@@ -21,9 +21,7 @@ ALSO_POINTWISE = {
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
-    aten.to.other,
     aten._to_copy.default,
-    aten.type_as.default,
     aten.lift_fresh_copy.default,
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -47,6 +45,12 @@ def rule_for(target: Any) -> Rule | None:
     if target in ALSO_POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
         return pointwise
     return None
+
+
+@rule(aten.type_as.default, aten.to.other)
+def as_other(call: Call) -> Answer:
+    """The second tensor only says which type."""
+    return call.run(), call.axes(0)
 
 
 def pointwise(call: Call) -> Answer:

@@ -141,3 +141,14 @@ def test_of_stages_with_pooling_between_them_the_deepest_is_taken() -> None:
     model = draw(quietly(lambda: timm.create_model("pit_ti_224", pretrained=False, img_size=64, **sizes))).eval()
     graph = capture(model, (torch.zeros(2, 3, 64, 64),))
     assert [site.role for site in graph.sites] == ["other", "stream", "stream", "other"]
+
+
+def test_two_attentions_of_one_block_are_one_layer() -> None:
+    import timm
+
+    sizes = {"depth": 2, "embed_dim": 80, "num_heads": 5, "img_size": 64}
+    name = "vit_dlittle_patch16_reg1_gap_256"
+    model = draw(quietly(lambda: timm.create_model(name, pretrained=False, **sizes))).eval()
+    graph = capture(model, (torch.zeros(2, 3, 64, 64),))
+    assert [site.role for site in graph.sites] == ["stream"] * 4
+    assert [layer.site for layer in graph.layers] == [0, 2]
