@@ -46,6 +46,6 @@ def new_node(
     node.meta = {key: value for key, value in like.meta.items() if key != "val"}
     values, options = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = next(m for n in node.graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None)
-    with mode:
+    with mode, mode.shape_env.suppress_guards():  # guards stay with a program and tie its sizes
         node.meta["val"] = target(*values, **options)
     return node
