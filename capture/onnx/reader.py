@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from .tensors import as_torch
 from .wellformed import check_model
 
 KIND = "an ONNX model"
+LARGEST = 2**28  # entries of a sparse tensor made dense: a few bytes must not ask for all memory
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
 def from_proto(model: onnx.ModelProto, path: str, folder: Path) -> OnnxFile:
     """The same for a model in memory; external data lies in `folder`.  The model is not to be used afterwards."""
     check_model(model, path, folder)
-    _make_dense(model.graph)
+    _make_dense(model.graph, path)
     try:
         read = ir.from_proto(model)
         if read.functions:
@@ -94,19 +97,29 @@ def _is_text(file: Path) -> bool:
     return all(byte >= 32 or byte in b"\t\r\n" for byte in start)
 
 
-def _make_dense(graph: onnx.GraphProto) -> None:
-    """Sparse initializers as dense ones."""
+def _make_dense(graph: onnx.GraphProto, path: str) -> None:
+    """Sparse initializers as dense ones; raises MalformedGraph where indices or sizes do not fit."""
     for sparse in graph.sparse_initializer:
-        values = numpy_helper.to_array(sparse.values)
-        indices = numpy_helper.to_array(sparse.indices)
-        dense = np.zeros(tuple(sparse.dims), values.dtype)
-        if indices.ndim == 1:
-            dense.reshape(-1)[indices] = values
-        else:
-            dense[tuple(indices.T)] = values
-        tensor: TensorProto = numpy_helper.from_array(dense, sparse.values.name)
-        graph.initializer.append(tensor)
+        name = sparse.values.name
+        if any(size < 0 for size in sparse.dims) or math.prod(sparse.dims) > LARGEST:
+            reason = f"sparse tensor {name!r} has sizes {list(sparse.dims)}: negative, or more than {LARGEST} entries"
+            raise MalformedGraph(path=path, reason=reason)
+        try:
+            dense = _dense(sparse)
+        except (ValueError, IndexError) as error:
+            raise MalformedGraph(path=path, reason=f"sparse tensor {name!r}: {error}") from error
+        graph.initializer.append(numpy_helper.from_array(dense, name))
     del graph.sparse_initializer[:]
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray[Any, Any]:
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
 
 
 def _reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -269,6 +270,26 @@ def test_sparse_initializers_become_dense(tmp_path: Path, flat: bool) -> None:
     )
     (tmp_path / "model.onnx").write_bytes(content.SerializeToString())
     assert only_weight(read_onnx(tmp_path / "model.onnx")).tolist() == [[0, 2, 0], [0, 0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("dims", "places", "reason"),
+    [
+        ([2**20, 2**20], [1, 5], "more than 268435456 entries"),
+        ([2, -3], [1, 5], "negative"),
+        ([2, 3], [1, 6], "index 6 is out of bounds"),
+        ([2, 3], [[0, 1, 0], [1, 2, 0]], "too many indices"),
+    ],
+)
+def test_sparse_initializers_that_do_not_fit(tmp_path: Path, dims: list[int], places: list[Any], reason: str) -> None:
+    content = model()
+    values = numpy_helper.from_array(np.array([2.0, 3.0], np.float32), "w")
+    content.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array(places), "places"), dims)
+    )
+    text = refused(tmp_path, content, MalformedGraph)
+    assert "sparse tensor 'w'" in text
+    assert reason in text
 
 
 def test_functions_take_the_place_of_their_calls(tmp_path: Path) -> None:
