@@ -38,6 +38,7 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT8E5M2: torch.float8_e5m2,
     TensorProto.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
 }
+MOST_AXES = 64  # of an array of numpy
 AS_BITS = {1: np.uint8, 2: np.uint16}  # how torch takes the types that numpy itself does not have
 HINT = "tamis reads numbers and booleans; types of less than a byte, and text, are for other tools."
 FIELDS: dict[
@@ -73,6 +74,8 @@ def check_tensor(proto: TensorProto, path: str, folder: Path) -> None:
     where = f"tensor {proto.name!r}"
     dtype = dtype_of(proto.data_type, path, where)
     count = math.prod(proto.dims)
+    if len(proto.dims) > MOST_AXES:
+        raise MalformedGraph(path=path, reason=f"{where} has {len(proto.dims)} axes")
     if any(size < 0 for size in proto.dims):
         raise MalformedGraph(path=path, reason=f"{where} has a negative size in {list(proto.dims)}")
     nbytes = count * dtype.itemsize

@@ -58,6 +58,7 @@ def check_graph(graph: GraphProto, path: str, folder: Path, outside: frozenset[s
         check_tensor(sparse.indices, path, folder)
     names = [value.name for value in graph.input]
     initializers = [one.name for one in graph.initializer] + [one.values.name for one in graph.sparse_initializer]
+    _require_text(path, *names, *initializers, *(value.name for value in graph.output))
     _refuse_doubled(names, path, "inputs")
     _refuse_doubled(initializers, path, "initializers")
     known = {*outside, *names, *initializers}
@@ -80,6 +81,7 @@ def _check_nodes(nodes: list[NodeProto], path: str, folder: Path, known: set[str
     """Check nodes in order; names of values made are added to `known`."""
     made = set(own)
     for node in nodes:
+        _require_text(path, node.name, node.op_type, node.domain, *node.input, *node.output)
         for name in node.input:
             if name and name not in known:
                 raise MalformedGraph(path=path, reason=_why_unknown(name, node, nodes))
@@ -93,6 +95,10 @@ def _check_nodes(nodes: list[NodeProto], path: str, folder: Path, known: set[str
 
 
 def _check_attribute(attribute: AttributeProto, path: str, folder: Path, known: frozenset[str], depth: int) -> None:
+    _require_text(path, attribute.name)
+    missing = {AttributeProto.TENSOR: "t", AttributeProto.GRAPH: "g"}.get(attribute.type)
+    if missing is not None and not attribute.HasField(missing) and not attribute.ref_attr_name:  # type: ignore[arg-type]
+        raise MalformedGraph(path=path, reason=f"attribute {attribute.name!r} has no value")
     tensors: list[TensorProto] = [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]
     for tensor in tensors:
         check_tensor(tensor, path, folder)
@@ -133,6 +139,13 @@ def _reached(calls: dict[tuple[str, str], set[tuple[str, str]]], start: tuple[st
             found.add(one)
             pending.extend(calls.get(one, ()))
     return found
+
+
+def _require_text(path: str, *names: str | bytes) -> None:
+    """Names that are not UTF-8 are read as bytes."""
+    odd = next((name for name in names if not isinstance(name, str)), None)
+    if odd is not None:
+        raise MalformedGraph(path=path, reason=f"the name {odd!r} is no text")
 
 
 def _refuse_doubled(names: list[str], path: str, what: str) -> None:

@@ -1,0 +1,81 @@
+"""Damaged bytes: whatever a file has become, the answer is a model or one of our errors."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto
+from onnx_graphs import model, node
+
+from tamis.capture.onnx.source import load_onnx
+from tamis.errors import TamisError
+from tamis.onnx_errors import MalformedGraph
+
+NODES = (
+    node("Shape", "x", "sizes"),
+    node("Gather", "sizes zero", "batch"),
+    node("Unsqueeze", "batch first", "one"),
+    node("Concat", "one rest", "shape", axis=0),
+    node("Reshape", "x shape", "rows"),
+    node("MatMul", "rows table", "product"),
+    node("Softmax", "product", "y", axis=-1),
+)
+WHOLE = model(NODES, ["b", "n", 4], zero=0, first=[0], rest=[-1, 4], table=[[1.0, 2.0]] * 4).SerializeToString()
+
+
+def mutated(generator: random.Random) -> bytes:
+    """The file with a few bytes changed, taken out or put in."""
+    content = bytearray(WHOLE)
+    for _ in range(generator.choice([1, 1, 2, 4])):
+        place = generator.randrange(len(content))
+        match generator.randrange(4):
+            case 0:
+                content[place] = generator.randrange(256)
+            case 1:
+                content[place] ^= 1 << generator.randrange(8)
+            case 2:
+                del content[place : place + generator.randrange(1, 9)]
+            case _:
+                content[place:place] = generator.randbytes(generator.randrange(1, 5))
+    return bytes(content)
+
+
+def test_mutations_end_in_our_errors(tmp_path: Path) -> None:
+    generator, path = random.Random(0), tmp_path / "m.onnx"
+    answers = {"read": 0, "refused": 0}
+    for _ in range(400):
+        path.write_bytes(mutated(generator))
+        try:
+            load_onnx(str(path))
+            answers["read"] += 1
+        except TamisError:
+            answers["refused"] += 1
+    assert min(answers.values()) > 20, answers
+
+
+def refused(tmp_path: Path, content: bytes) -> str:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(MalformedGraph) as caught:
+        load_onnx(str(path))
+    return str(caught.value)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    damaged = WHOLE.replace(b"Softmax", b"\xff" + b"oftmax")
+    assert "the name b'\\xffoftmax' is no text" in refused(tmp_path, damaged)
+
+
+def test_attributes_without_a_value(tmp_path: Path) -> None:
+    content = onnx.ModelProto.FromString(WHOLE)
+    content.graph.node[0].attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
+    assert "attribute 'value' has no value" in refused(tmp_path, content.SerializeToString())
+
+
+def test_more_axes_than_an_array_has(tmp_path: Path) -> None:
+    content = onnx.ModelProto.FromString(WHOLE)
+    content.graph.initializer.append(TensorProto(name="w", dims=[0] * 65, data_type=TensorProto.FLOAT))
+    assert "tensor 'w' has 65 axes" in refused(tmp_path, content.SerializeToString())
