@@ -51,6 +51,8 @@ def check_graph(graph: GraphProto, path: str, folder: Path, outside: frozenset[s
     if depth == 0:
         for value in graph.input:
             _check_input(value, path)
+    for value in (*graph.output, *graph.value_info):
+        _refuse_map(value, path)
     for tensor in graph.initializer:
         check_tensor(tensor, path, folder)
     for sparse in graph.sparse_initializer:
@@ -69,12 +71,24 @@ def check_graph(graph: GraphProto, path: str, folder: Path, outside: frozenset[s
 
 
 def _check_input(value: onnx.ValueInfoProto, path: str) -> None:
-    what, where = value.type, f"input {value.name!r}"
-    while (kind := what.WhichOneof("value")) in ("sequence_type", "optional_type"):
-        what = getattr(what, kind).elem_type
+    what, where = _element(value.type), f"input {value.name!r}"
+    kind = what.WhichOneof("value")
     if kind != "tensor_type":
         raise TypeUnsupported(path=path, where=where, got=(kind or "no type").removesuffix("_type"), hint=HINT)
     dtype_of(what.tensor_type.elem_type, path, where)
+
+
+def _refuse_map(value: onnx.ValueInfoProto, path: str) -> None:
+    """Raise TypeUnsupported for a value that is declared a map, or a sequence of them."""
+    if _element(value.type).WhichOneof("value") == "map_type":
+        raise TypeUnsupported(path=path, where=f"value {value.name!r}", got="map", hint=HINT)
+
+
+def _element(what: onnx.TypeProto) -> onnx.TypeProto:
+    """What a sequence or an optional value is of."""
+    while (kind := what.WhichOneof("value")) in ("sequence_type", "optional_type"):
+        what = getattr(what, kind).elem_type
+    return what
 
 
 def _check_nodes(nodes: list[NodeProto], path: str, folder: Path, known: set[str], own: set[str], depth: int) -> None:

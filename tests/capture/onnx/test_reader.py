@@ -158,9 +158,10 @@ def test_a_newer_opset(tmp_path: Path) -> None:
         (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.STRING), "string"),
         (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 77), "number 77, which is no type"),
         (lambda m: m.graph.input[0].type.map_type.SetInParent(), "map"),
+        (lambda m: m.graph.output[0].type.sequence_type.elem_type.map_type.SetInParent(), "map"),
         (lambda m: m.graph.initializer.append(numpy_helper.from_array(np.array(["a"]), "w")), "string"),
     ],
-    ids=["none", "text", "unknown", "map", "text weight"],
+    ids=["none", "text", "unknown", "map", "map out", "text weight"],
 )
 def test_types_that_are_no_numbers(tmp_path: Path, change: Callable[[onnx.ModelProto], None], got: str) -> None:
     content = model()
