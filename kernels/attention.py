@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..op import OnnxCall, Op, define_op
+from .onnx_logits import AddedToLogits, GroupedLogits, GroupedMix
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -108,66 +109,21 @@ def Attention(q, k, v, key_bias, scale: float):
     return op.CastLike(op.MatMul(op.Softmax(logits, axis=-1), op.Cast(v, to=1)), q)
 
 
-# In the others, query heads that share a key head are stacked, so that no key or value is repeated.
 @script(TAMIS, default_opset=op)
 def AttentionGrouped(q, k, v, key_bias, scale: float):
-    queries = op.Cast(q, to=1) * scale
-    heads = op.Shape(k, start=1, end=2)
-    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
-    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
-    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
-    product = op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)
-    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
-    logits = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
-    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
-    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
-    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    logits = GroupedLogits(q, k, scale) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
+    return GroupedMix(logits, v, q)
 
 
 @script(TAMIS, default_opset=op)
 def AttentionMasked(q, k, v, key_bias, mask, scale: float, causal: int):
-    queries = op.Cast(q, to=1) * scale
-    heads = op.Shape(k, start=1, end=2)
-    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
-    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
-    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
-    product = op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)
-    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
-    biased = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
-    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
-    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
-    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
-    lowest = op.Constant(value_float=float("-inf"))
-    # a query that sees no key gets finite numbers: as NaN it would spoil every query of the next layer, weight 0 or not
-    finite = op.Constant(value_float=-3.4028234663852886e38)
-    logits = op.Max(op.Where(hidden, lowest, biased + op.Cast(mask, to=1)), finite)
-    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
-    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
-    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    return GroupedMix(AddedToLogits(GroupedLogits(q, k, scale), key_bias, mask, causal), v, q)
 
 
 @script(TAMIS, default_opset=op)
 def AttentionCapped(q, k, v, key_bias, mask, scale: float, causal: int, softcap: float):
-    queries = op.Cast(q, to=1) * (scale / softcap)
-    heads = op.Shape(k, start=1, end=2)
-    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
-    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
-    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
-    capped = op.Tanh(op.MatMul(op.Reshape(queries, groups, allowzero=1), keys)) * softcap
-    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
-    biased = op.Reshape(capped, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
-    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
-    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
-    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
-    lowest = op.Constant(value_float=float("-inf"))
-    finite = op.Constant(value_float=-3.4028234663852886e38)  # as in AttentionMasked
-    logits = op.Max(op.Where(hidden, lowest, biased + op.Cast(mask, to=1)), finite)
-    together = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(k, start=2, end=3), axis=0)
-    mixed = op.MatMul(op.Reshape(op.Softmax(logits, axis=-1), together, allowzero=1), op.Cast(v, to=1))
-    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    capped = op.Tanh(GroupedLogits(q, k, scale / softcap)) * softcap
+    return GroupedMix(AddedToLogits(capped, key_bias, mask, causal), v, q)
 
 
 def as_added(mask: MaybeTensor) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..op import OnnxCall, Op, define_op
 from . import attention
 from .attention import MaybeTensor, added_to_logits, as_added, grouped_logits
+from .onnx_logits import AddedToLogits, GroupedLogits
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -41,18 +42,7 @@ def fake(q: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: 
 
 @script(TAMIS, default_opset=op)
 def AttentionLse(q, k, key_bias, mask, scale: float, causal: int):
-    heads = op.Shape(k, start=1, end=2)
-    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
-    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
-    keys = op.Transpose(op.Cast(k, to=1), perm=[0, 1, 3, 2])
-    product = op.MatMul(op.Reshape(op.Cast(q, to=1) * scale, groups, allowzero=1), keys)
-    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
-    biased = op.Reshape(product, apart, allowzero=1) + op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2])
-    row = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1), [1])
-    column = op.Range(0, op.Squeeze(op.Shape(k, start=2, end=3)), 1)
-    hidden = op.And(column > row, op.Expand(causal, [1]) > 0)
-    lowest = op.Constant(value_float=float("-inf"))
-    logits = op.Where(hidden, lowest, biased + op.Cast(mask, to=1))
+    logits = AddedToLogits(GroupedLogits(q, k, scale), key_bias, mask, causal)
     return op.ReduceLogSumExp(logits, [-1], keepdims=0)
 
 
@@ -69,9 +59,10 @@ def flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
 
 
 def samples() -> Iterator[tuple[Any, ...]]:
-    """Those of attention, without values."""
-    for q, k, _, *rest in attention.samples():
-        yield q, k, *rest
+    """Those of attention without a soft cap, without values."""
+    for q, k, _, key_bias, mask, scale, causal, *softcap in attention.samples():
+        if not softcap:
+            yield q, k, key_bias, mask, scale, causal
 
 
 ATTENTION_LSE = define_op(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
 from .attention import MaybeTensor, as_added, grouped_logits
+from .onnx_logits import GroupedLogits
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -47,16 +48,8 @@ def fake(queries: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, s
 
 @script(TAMIS, default_opset=op)
 def AttentionRows(queries, k, key_bias, mask, scale: float):
-    q = op.Cast(queries, to=1) * scale
-    keys = op.Cast(k, to=1)
-    # query heads that share a key head are stacked, so that no key is repeated
-    heads = op.Shape(k, start=1, end=2)
-    stacked = op.Shape(q, start=1, end=2) * op.Shape(q, start=2, end=3) / heads
-    groups = op.Concat(op.Shape(q, start=0, end=1), heads, stacked, op.Shape(q, start=3, end=4), axis=0)
-    logits = op.MatMul(op.Reshape(q, groups, allowzero=1), op.Transpose(keys, perm=[0, 1, 3, 2]))
-    apart = op.Concat(op.Shape(q, start=0, end=3), op.Shape(k, start=2, end=3), axis=0)
     bias = op.Unsqueeze(op.Cast(key_bias, to=1), [1, 2]) + op.Cast(mask, to=1)
-    return op.Softmax(op.Reshape(logits, apart, allowzero=1) + bias, axis=-1)
+    return op.Softmax(GroupedLogits(queries, k, scale) + bias, axis=-1)
 
 
 def onnx(queries: Tensor, k: Tensor, key_bias: MaybeTensor, mask: MaybeTensor, scale: float) -> OnnxCall:
