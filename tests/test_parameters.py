@@ -92,7 +92,8 @@ def message(error: type[Exception], action) -> str:
         (
             "tome:r=3,layer=[1]",
             UnknownParameter,
-            "tome: no parameter 'layer'; did you mean layers?\n  hint: it takes r, keep_ratio, layers, prop_attn.",
+            "tome: no parameter 'layer'; did you mean layers?\n"
+            "  hint: it takes r, keep_ratio, layers, causal, prop_attn.",
         ),
         (
             "tome:13",

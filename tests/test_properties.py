@@ -65,11 +65,14 @@ def tokens_for(method, stream) -> Tokens:
         sizes=sizes,
         valid=valid,
         _tensors={"keys": lambda: keys, "positions": lambda: ranks},
-        _attention=lambda: Attention(
-            lambda rows: (rows @ keys.transpose(-1, -2) + bias[:, None, None]).softmax(-1),
-            lambda: keys[torch.arange(batch), :, first].unsqueeze(2),
-        ),
+        _attention=lambda: Attention(lambda: class_row(keys, first, bias)),
     )
+
+
+def class_row(keys, first, bias):
+    """Attention of each row's first real token [B, H, N], queries being the keys."""
+    query = keys[torch.arange(keys.shape[0]), :, first].unsqueeze(2)
+    return (query @ keys.transpose(-1, -2) + bias[:, None, None]).softmax(-1)[:, :, 0]
 
 
 def reduced(plan, x):

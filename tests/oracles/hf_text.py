@@ -59,9 +59,9 @@ def modernbert(
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel i and channel i + D/2 rotated by one angle."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    """Channel i and channel i + D/2 rotated by one angle, in float32 whatever the model is, as ModernBERT has it."""
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
 def clip_text(
