@@ -64,18 +64,6 @@ def _drop_asserts(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if op_of(node) in ASSERTS or node.target is torch._C._set_grad_enabled:
             graph.erase_node(node)
-        elif _overwrites_all(node):
-            node.replace_all_uses_with(node.args[1])
-            graph.erase_node(node)
-
-
-def _overwrites_all(node: fx.Node) -> bool:
-    """Whether nothing is left of the first argument, the second having its shape and type."""
-    op = op_of(node)
-    whole = op == "aten.copy" or (
-        op == "aten.slice_scatter" and _takes_all(node, 3) and _argument(node, 5, "step", 1) == 1
-    )
-    return whole and _same_tensor(node, node.args[1])
 
 
 def _drop_identities(graph: fx.Graph) -> None:
@@ -89,6 +77,18 @@ def _drop_identities(graph: fx.Graph) -> None:
         elif _is_identity(node) or (not copies_matter and _is_idle_copy(node)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif _overwrites_all(node):
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+
+
+def _overwrites_all(node: fx.Node) -> bool:
+    """Whether nothing is left of the first argument, the second having its shape and type."""
+    op = op_of(node)
+    whole = op == "aten.copy" or (
+        op == "aten.slice_scatter" and _takes_all(node, 3) and _argument(node, 5, "step", 1) == 1
+    )
+    return whole and _same_tensor(node, node.args[1])
 
 
 def _is_identity(node: fx.Node) -> bool:
