@@ -26,7 +26,7 @@ from ..errors import ExportFailed, TamisError
 from ..op import NAMESPACE
 from . import onnx_names as names
 from .onnx_file import LIMIT, refuse_existing, write_whole
-from .onnx_nodes import add_functions, count_translation, refuse_mean_scatter, symbolic_program
+from .onnx_nodes import add_functions, refuse_mean_scatter, symbolic_program, translations
 
 OPSET = 18
 
@@ -88,7 +88,7 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
                 opset_version=opset,
                 optimize=True,
                 verbose=False,
-                custom_translation_table=count_translation(),
+                custom_translation_table=translations(),
             )
         assert exported is not None  # it is None only for export to a file
         model = exported.model

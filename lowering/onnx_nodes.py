@@ -113,15 +113,22 @@ def _as_tensor(value: Any) -> Tensor | None:
     return torch.scalar_tensor(value, dtype=torch.int64)
 
 
-def count_translation() -> dict[Any, Callable[..., Any]]:
-    """How the exporter translates token_count: the body of its ONNX function, in place."""
+def translations() -> dict[Any, Callable[..., Any]]:
+    """What the exporter does not know: token_count, by the body of its ONNX function, and stable sorting.
 
-    def translate(like: Any, axis: int, prefix: int, rule: list[int]) -> Any:
+    TopK puts the lower index first among equals, as a stable sort does.
+    """
+
+    def stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        size = standard.Gather(standard.Shape(x), standard.Constant(value_ints=[dim]))
+        return standard.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+    def count(like: Any, axis: int, prefix: int, rule: list[int]) -> Any:
         made = OPS["token_count"].onnx(like, axis, prefix, rule)
         inputs = [standard.Constant(value_ints=one) if isinstance(one, list) else one for one in made.inputs]
         return made.function.function(*inputs, **made.attributes)
 
-    return {OPS["token_count"].call: translate}
+    return {OPS["token_count"].call: count, torch.ops.aten.sort.stable: stable_sort}
 
 
 def add_functions(model: ir.Model, functions: Functions) -> None:

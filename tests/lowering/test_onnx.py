@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -215,3 +216,19 @@ def test_simplifiers_keep_the_file_right(tool, inline, make_program, make_tokens
     onnx.checker.check_model(str(tmp_path / "simpler.onnx"), full_check=True)
     assert check_onnx(tmp_path / "simpler.onnx", program, [(make_tokens(3, 19),)]) < 1e-5
     assert [f.name for f in simpler.functions] == ([] if inline else ["ToyTake"])
+
+
+class Sorted(nn.Module):
+    def forward(self, x):
+        rising, where = torch.sort(x, dim=1, stable=True)
+        falling, back = torch.sort(x, dim=-1, stable=True, descending=True)
+        return rising, where, falling, back
+
+
+def test_a_stable_sort_keeps_the_order_of_equals(tmp_path):
+    x = torch.randint(0, 3, (2, 7, 5), generator=torch.Generator().manual_seed(0)).float()
+    program = torch.export.export(Sorted(), (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+    path = export_onnx(program, tmp_path / "sorted.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for got, expected in zip(session.run(None, {"x": x.numpy()}), Sorted()(x), strict=True):
+        assert np.array_equal(got, expected.numpy())
