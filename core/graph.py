@@ -6,13 +6,16 @@ Nodes are referred to by name: names survive copies, printing and serialisation,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import fx
     from torch.export import ExportedProgram
+
+RECIPE = "tamis.recipe"  # under this key an ONNX file's metadata hold the recipe that made it
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ class Layer:
             "after_attention": self.after_attention,
             "after_block": self.after_block,
         }[where]
+
+
+def passes_of(metadata: Mapping[str, str]) -> list[str]:
+    """The passes that made an ONNX file, by the recipe that tamis leaves in its metadata; [] without one."""
+    try:
+        recipe = json.loads(metadata.get(RECIPE, "{}"))
+    except ValueError:
+        return []
+    passes = recipe.get("passes") if isinstance(recipe, dict) else None
+    return [str(one) for one in passes] if isinstance(passes, list) else []
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,16 @@ class UnknownOps(TamisError):
     exit_code = 2
 
 
+class ReducedBefore(TamisError):
+    """A file that passes of tamis made."""
+
+    template = (
+        "{path}: was made by tamis with {passes}, and cannot be reduced again.\n"
+        "  hint: put all passes in one recipe for the original model, where they compose."
+    )
+    exit_code = 2
+
+
 class NodeFailed(TamisError):
     """A node's function raised, or does not do what the node asks for."""
 

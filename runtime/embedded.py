@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptModel
+from ..graph import RECIPE
 from ..recipe_errors import PlainProgram, RecipeInvalid
 
 EXTRA = "tamis.json"  # the member's name
-RECIPE = "tamis.recipe"  # the metadata's key
 SAVED = "a model saved by tamis"
 
 

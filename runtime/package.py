@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
-from ..graph import Interface, TokenGraph
+from ..graph import RECIPE, Interface, TokenGraph
 from ..report import Report
 from ..target import Target
-from .embedded import EXTRA, RECIPE, read_extra
+from .embedded import EXTRA, read_extra
 from .files import check_file, whole
 from .inputs import example_call, other_sizes
 from .recipe import Recipe

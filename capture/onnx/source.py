@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import InputMismatch
-from ...graph import Interface
+from ...graph import Interface, passes_of
+from ...onnx_errors import ReducedBefore
 from ..dims import Axes
 from .example import example_of
 from .module import OnnxModule
@@ -35,8 +36,11 @@ def load_onnx(path: str, args: Any = (), kwargs: Mapping[str, Any] | None = None
         TypeUnsupported: the file, or an input that is no tensor or has no declared rank.
         UnknownOps: operations that the table lacks, all of them.
         InputMismatch: the inputs given are not the file's.
+        ReducedBefore: passes made the file, by the recipe in it.
     """
     file = read_onnx(path)
+    if passes := passes_of(file.metadata):
+        raise ReducedBefore(path=path, passes=" + ".join(passes))
     module = OnnxModule(file)
     example = example_of(module, path)
     interface = Interface(

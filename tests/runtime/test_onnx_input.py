@@ -16,6 +16,7 @@ from onnx_exports import LAYERS, MODELS, exported, inputs_of
 import tamis
 from tamis.capture import capture
 from tamis.errors import InputMismatch
+from tamis.onnx_errors import ReducedBefore
 from tamis.runtime.cli import main
 from tamis.runtime.compiled import CompiledModel
 
@@ -167,6 +168,12 @@ def test_the_callers_own_examples_are_taken(fast: CompiledModel) -> None:
     assert torch.equal(args[0], inputs["input_ids"])
     with pytest.raises(InputMismatch, match=r"hint: its inputs are input_ids, attention_mask\."):
         capture(path, (inputs,), {"odd": args[0]})
+
+
+def test_what_passes_made_is_not_reduced_again(tmp_path: Path, fast: CompiledModel) -> None:
+    fast.export(tmp_path / "once.onnx")
+    with pytest.raises(ReducedBefore, match="made by tamis with tome"):
+        tamis.compile(str(tmp_path / "once.onnx"), passes="tome:r=1")
 
 
 def test_the_same_file_has_the_same_recipe_hash(fast: CompiledModel) -> None:
