@@ -60,11 +60,7 @@ def _deepest(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[tuple[
         reached = reached_in_place(graph, found[0][1].stream)
         streams.append([layer for layer in found if layer[1].stream in reached])
         found = [layer for layer in found if layer[1].stream not in reached]
-    return max(streams, key=lambda layers: (not _causal(layers[0][0]), len(layers)), default=[])
-
-
-def _causal(site: Site) -> bool:
-    return site.causal or site.mask.kind == "causal"
+    return max(streams, key=lambda layers: (not layers[0][0].hides_later, len(layers)), default=[])
 
 
 def _of_another_stream(site: Site, taken: list[tuple[Site, Residual]]) -> Site:
