@@ -120,14 +120,20 @@ def flops(x: Any, slot: Any, leader: Any, moved: Any, *_: Any, **__: Any) -> int
     return 2 * moved[0] * moved[1] * x[2]
 
 
-def samples() -> Iterator[tuple[Any, ...]]:
-    """Argument tuples for the generic tests: several, one and no source per slot, with spare entries and without."""
+def sample_plan() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, slot, leader, moved and weight of two rows: several, one and no source per slot, and a spare entry."""
     generator = torch.Generator().manual_seed(0)
     slot = torch.tensor([[0, 1, 2, 1, 1, 3, -1], [0, 1, 2, 3, 3, -1, -1]])
     leader = torch.tensor([[0, 1, 2, 5], [0, 1, 2, 3]])
     moved = torch.tensor([[3, 4], [4, 0]])
     x = torch.randn(2, 7, 5, generator=generator)
     weight = torch.rand(2, 7, generator=generator) + 0.5
+    return x, slot, leader, moved, weight
+
+
+def samples() -> Iterator[tuple[Any, ...]]:
+    """Argument tuples for the generic tests: several, one and no source per slot, with spare entries and without."""
+    x, slot, leader, moved, weight = sample_plan()
     for w in (None, weight):
         for dtype in (torch.float32, torch.float16):
             yield x.to(dtype), slot, leader, moved, w, True

@@ -29,7 +29,7 @@ from onnxscript import script
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
-from .merge_tokens import MergeTokensSpare, merged_tokens, uses
+from .merge_tokens import MergeTokensSpare, merged_tokens, sample_plan, uses
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -103,12 +103,7 @@ def flops(x: Any, slot: Any, leader: Any, moved: Any, *_: Any, **__: Any) -> int
 
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests: plans with several, one and no source per slot, and spare entries."""
-    generator = torch.Generator().manual_seed(0)
-    slot = torch.tensor([[0, 1, 2, 1, 1, 3, -1], [0, 1, 2, 3, 3, -1, -1]])
-    leader = torch.tensor([[0, 1, 2, 5], [0, 1, 2, 3]])
-    moved = torch.tensor([[3, 4], [4, 0]])
-    x = torch.randn(2, 7, 5, generator=generator)
-    weight = torch.rand(2, 7, generator=generator) + 0.5
+    x, slot, leader, moved, weight = sample_plan()
     for normalize in (True, False):
         for dtype in (torch.float32, torch.float16):
             yield x.to(dtype), slot, leader, None, None, normalize
