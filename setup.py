@@ -9,5 +9,5 @@ nested = {f"tamis.{f}.{p}": f"{f}/{p.replace('.', '/')}" for f in FOLDERS for p 
 setup(
     packages=[*PACKAGES, *nested],
     package_dir={**PACKAGES, **nested},
-    package_data={"tamis": ["py.typed"]},
+    package_data={"tamis": ["py.typed"], "tamis.kernels.triton": ["tables/*.json"]},
 )

@@ -1,8 +1,8 @@
 """What an op is: one object that says all that is known of it, defined in one file of `kernels/`.
 
 An op in a graph is a `torch.library` op `tamis::NAME` with its reference as implementation on every device and a shape
-rule for tracing.  Lowering replaces it: by its reference inlined as ATen on CPU, by its Triton twin on CUDA (`triton`,
-not there yet), by a model-local function in ONNX.
+rule for tracing.  Lowering replaces it: by its reference inlined as ATen on CPU, by its Triton twin on CUDA where it
+has one (`triton`), by a model-local function in ONNX.
 """
 
 from __future__ import annotations
@@ -16,16 +16,28 @@ NAMESPACE = "tamis"
 
 @dataclass(frozen=True)
 class OnnxCall:
-    """One call of a model-local ONNX function in domain `tamis`.
+    """One call of a model-local ONNX function in domain `tamis`, or of a standard operator.
 
-    function    an `onnxscript` function whose body uses standard ops only (opset 18 or newer)
+    function    an `onnxscript` function whose body uses standard ops only (opset 18 or newer), or the operator's name
     inputs      in order: tensors; counts (int or SymInt), which become int64 scalars; lists of int, int64 vectors
     attributes  plain ints, floats and strings
+    since       version of the standard operators that the call needs
     """
 
     function: Any
     inputs: list[Any]
     attributes: dict[str, Any]
+    since: int = 18
+
+    @property
+    def name(self) -> str:
+        """Name of the function or operator."""
+        return self.function if isinstance(self.function, str) else str(self.function.name)
+
+    @property
+    def domain(self) -> str:
+        """Its domain."""
+        return "" if isinstance(self.function, str) else NAMESPACE
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Op:
     onnx       same arguments -> OnnxCall
     flops      same arguments (tensors as shapes) -> floating point operations, multiply and add counted as two
     samples    argument tuples that the generic tests run: reference, fake, ONNX, and later Triton, must agree on them
-    triton     launcher for CUDA tensors; None until the op has one
+    triton     module of `tamis.kernels.triton` that has its kernels; None where the reference is inlined on GPUs too
     """
 
     name: str
@@ -50,7 +62,7 @@ class Op:
     onnx: Callable[..., OnnxCall]
     flops: Callable[..., int]
     samples: Callable[[], Iterable[tuple[Any, ...]]]
-    triton: Callable[..., Any] | None = None
+    triton: str | None = None
 
     @property
     def qualified(self) -> str:

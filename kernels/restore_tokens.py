@@ -75,6 +75,6 @@ RESTORE_TOKENS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="restore",
     )
 )

@@ -1,0 +1,20 @@
+"""Errors about GPU targets; the rules of `errors` hold."""
+
+from __future__ import annotations
+
+from .errors import TamisError
+
+
+class KernelNotCompiled(TamisError):
+    """Triton's compiler refused a kernel for an architecture."""
+
+    template = (
+        "kernel {kernel}: not compiled for {architecture}: {reason}.\n"
+        "  hint: compile for another target, or without one: elsewhere the reference of the op is compiled instead."
+    )
+
+
+class ToolMissing(TamisError):
+    """A program that reads binaries is not there."""
+
+    template = "{tool}: not found, so {what} cannot be read.\n  hint: {hint}"
