@@ -20,6 +20,7 @@ from ...errors import CorruptModel, ModelNotFound
 from ...onnx_errors import MalformedGraph
 from .tensors import as_torch
 from .wellformed import check_model
+from .wire import skeleton
 
 KIND = "an ONNX model"
 LARGEST = 2**28  # entries of a sparse tensor made dense: a few bytes must not ask for all memory
@@ -81,8 +82,8 @@ def from_proto(model: onnx.ModelProto, path: str, folder: Path) -> OnnxFile:
 def _parsed(file: Path, path: str) -> onnx.ModelProto:
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(file.read_bytes())
-    except DecodeError as error:
+        model.ParseFromString(skeleton(file))
+    except (DecodeError, ValueError) as error:
         reason = "it is text" if _is_text(file) else "its bytes are not those of a protobuf message, or end too early"
         raise CorruptModel(path=path, kind=KIND, reason=reason) from error
     if not model.ir_version and not model.graph.node:

@@ -114,7 +114,7 @@ def _check_external(proto: TensorProto, nbytes: int, path: str, folder: Path) ->
 
 
 def _external_file(tensor: str, location: str, path: str, folder: Path) -> Path:
-    """The file at a location beside the model, which is a plain file below `folder` and is reached without links.
+    """The file at a location: the model's own, or a plain file below `folder` that is reached without links.
 
     Raises:
         UnsafeExternalData: the location is absolute, climbs out, or passes a link.
@@ -124,6 +124,8 @@ def _external_file(tensor: str, location: str, path: str, folder: Path) -> Path:
     def unsafe(reason: str) -> UnsafeExternalData:
         return UnsafeExternalData(path=path, tensor=tensor, location=location, reason=reason)
 
+    if folder / location == Path(path):
+        return Path(path)
     parts = location.replace("\\", "/").split("/")
     if not location or "\0" in location:
         raise unsafe("which names no file")
@@ -146,16 +148,18 @@ def _external_file(tensor: str, location: str, path: str, folder: Path) -> Path:
 def as_torch(tensor: ir.TensorProtocol, folder: Path | None = None) -> Tensor:
     """The values of a checked tensor.
 
-    External data is mapped, not read (private pages: writing to the tensor leaves the file alone); bytes inside the
-    file are taken over without a further copy.
+    External data is mapped, not read (private pages: writing to the tensor leaves the file alone), unless it lies where
+    no number of its size may; bytes inside the file are taken over without a further copy.
     """
     dtype = DTYPES[int(tensor.dtype)]
     shape = tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
     if isinstance(tensor, ir.ExternalTensor) and 0 not in shape:
         assert folder is not None
         bits = np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else np.dtype(np.complex128)
-        mapped = np.memmap(folder / tensor.location, bits, "c", offset=tensor.offset or 0, shape=shape)
-        return torch.from_numpy(mapped).view(dtype)
+        file, offset = folder / tensor.location, tensor.offset or 0
+        if offset % bits.itemsize:
+            return torch.from_numpy(np.fromfile(file, bits, math.prod(shape), offset=offset).reshape(shape)).view(dtype)
+        return torch.from_numpy(np.memmap(file, bits, "c", offset=offset, shape=shape)).view(dtype)
     return from_numpy(tensor.numpy().reshape(shape), dtype)
 
 
