@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..errors import OutputExists, OutputNotWritable
+from .onnx_stream import save_streamed
 
 LIMIT = 2 * 10**9  # bytes of weights; a protobuf message ends at 2 GiB, and the graph needs room too
 
@@ -59,7 +60,10 @@ def write_whole(model: ir.Model, path: Path, *, external_over: int, check: Calla
 
 def _write(model: ir.Model, draft: Path, path: Path, *, external: bool) -> None:
     try:
-        ir.save(model, draft, external_data=data_path(draft).name if external else None)
+        if external:
+            ir.save(model, draft, external_data=data_path(draft).name)
+        else:
+            save_streamed(model, draft)
     except OSError as error:
         raise OutputNotWritable(path=str(path), reason=error.strerror or str(error)) from error
 

@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_nothing(make_program, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onnx_ir.save", full)
+    monkeypatch.setattr("tamis.lowering.onnx_file.save_streamed", full)
     with pytest.raises(OutputNotWritable, match="No space left on device"):
         export_onnx(make_program(), tmp_path / "toy.onnx")
     assert os.listdir(tmp_path) == []
