@@ -53,7 +53,7 @@ class Splicer:
         Raises:
             BrokenInvariant: the function makes a tensor out of Python numbers, which a program has no place for.
         """
-        with _no_guards(self.mode):
+        with without_guards(self.mode):
             return self._splice(node, function)
 
     def _splice(self, node: fx.Node, function: Callable[..., Any]) -> Any:
@@ -84,8 +84,8 @@ class Splicer:
         return template, Renaming(self.mode, dict(zip(template.symbols, shape.symbols, strict=True)))
 
 
-def _no_guards(mode: Any) -> AbstractContextManager[None]:
-    """Two counts that are equal in the example must not become one symbol of the program."""
+def without_guards(mode: Any) -> AbstractContextManager[None]:
+    """Records no guards: two counts that are equal in the example must not become one symbol of the program."""
     return mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
 
 
