@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from torch import fx
-from torch.export import ExportedProgram
 
-from ..capture.program import copied, rebuild
 from ..graph import module_path
 from ..op import Op
 from .splice import PROVENANCE, fake_mode_of, without_guards
@@ -65,19 +63,8 @@ class Fusion(Protocol):
         """Change the graph in place; one answer for each place where the fusion's op is."""
 
 
-def fuse(program: ExportedProgram) -> tuple[ExportedProgram, list[Fired]]:
-    """The same program with every fusion applied, and what each did; the given program is not changed."""
-    module = copied(program)
-    fired = fuse_nodes(module.graph)
-    if not any(one.fired for one in fired):
-        return program, fired
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return rebuild(program, module), fired
-
-
-def fuse_nodes(graph: fx.Graph, names: Sequence[str] = FUSIONS) -> list[Fired]:
-    """Apply fusions to a graph, in place."""
+def fuse(graph: fx.Graph, names: Sequence[str] = FUSIONS) -> list[Fired]:
+    """Apply the fusions to a graph, in place, and say what each did; nodes that are used no more stay."""
     return [one for name in names for one in fusion_named(name).apply(graph)]
 
 
