@@ -1,14 +1,17 @@
 """`compile_launch`: a launch as a binary for a GPU that need not be there.
 
-The kernel is specialised as Triton does it at run time: pointers are taken as aligned to 16 bytes, an int that is 1
-becomes a constant, one that 16 divides is known to be, a symbolic size is any int.
+The kernel is specialised as Triton does it at run time, so that the binary is the one it looks for there: pointers are
+aligned to 16 bytes, an int that is 1 becomes a constant, one that 16 divides is known to be divisible.  A count that
+differs from call to call must be a `do_not_specialize` argument of its kernel, or each value that 16 divides would ask
+for a binary of its own; strides that are multiples of a known width are specialised, since loads are wider then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import SymInt, Tensor
@@ -17,21 +20,7 @@ from ...target_errors import KernelNotCompiled
 from .architecture import Architecture
 from .launch import Launch
 
-_TYPES = {
-    "torch.float64": "fp64",
-    "torch.float32": "fp32",
-    "torch.float16": "fp16",
-    "torch.bfloat16": "bf16",
-    "torch.int64": "i64",
-    "torch.int32": "i32",
-    "torch.int16": "i16",
-    "torch.int8": "i8",
-    "torch.uint8": "u8",
-    "torch.bool": "i1",
-}
 _BINARY = {"cuda": "cubin", "hip": "hsaco"}
-_TEXTS = {"cuda": ("ttir", "ttgir", "llir", "ptx"), "hip": ("ttir", "ttgir", "llir", "amdgcn")}
-_ALIGNED = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -41,39 +30,60 @@ class Signature:
     types      by argument name: "*fp16", "i32", "fp32", or "constexpr"
     constants  by argument name, of those that are constexpr
     aligned    names of pointers aligned to, and ints divisible by, 16
+    source     what Triton compiles
     """
 
     types: dict[str, str]
     constants: dict[str, Any]
     aligned: tuple[str, ...]
+    source: Any = field(repr=False, compare=False)
 
     @staticmethod
-    def of(launch: Launch) -> Signature:
-        """Of the launch's arguments, in the kernel's order."""
-        given = {**launch.arguments, **launch.config.constants}
-        types: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        aligned = []
-        for name in launch.kernel.arg_names:
-            value = given[name]
-            types[name] = "constexpr" if name in launch.config.constants else _type(value)
-            if types[name] == "constexpr":
-                constants[name] = value
-            elif types[name].startswith("*") or (isinstance(value, int) and value % 16 == 0):
-                aligned.append(name)
-        return Signature(types, constants, tuple(aligned))
+    def of(launch: Launch, architecture: Architecture) -> Signature:
+        """Of the launch's arguments, by Triton's own rules: its binder is asked, with a stand-in for each argument."""
+        from triton.compiler import ASTSource
+        from triton.compiler.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        kernel, backend = launch.kernel, make_backend(gpu_target(architecture))
+        stand_ins = {name: _stand_in(value) for name, value in launch.arguments.items()}
+        keywords = {**stand_ins, **launch.config.constants, **launch.config.options}
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(**keywords)
+        keywords = {**launch.config.options, "debug": False}
+        _, types, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+        names = kernel.arg_names
+        return Signature(
+            types,
+            {names[place]: value for (place,), value in constants.items()},
+            tuple(names[place] for (place,), found in attributes.items() if found),
+            ASTSource(kernel, types, constants, attributes),
+        )
 
 
-def _type(value: Any) -> str:
+@dataclass(frozen=True)
+class _Pointer:
+    """A tensor as far as Triton's binder looks: its type, and an address that 16 divides."""
+
+    dtype: Any
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+def _stand_in(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return f"*{_TYPES[str(value.dtype)]}"
-    if isinstance(value, SymInt):
-        return "i32"
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
-        return "constexpr"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
+        return _Pointer(value.dtype)
+    if isinstance(value, SymInt):  # 16 divides the symbol's every multiple of 16, and else nothing is known
+        return 48 if value.node.expr % 16 == 0 else 17
+    return value
+
+
+def gpu_target(architecture: Architecture) -> Any:
+    """The architecture as Triton names it."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(architecture.backend, architecture.code, architecture.warp)
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ class Binary:
     """A compiled launch.
 
     name       of the kernel, with a hash of all that it was specialised for
-    code       cubin or hsaco;  texts: intermediate forms by name (ttir, ttgir, llir, ptx or amdgcn)
+    key        under which Triton's cache knows it
+    files      of that cache entry, by name: the code, intermediate forms, metadata
     shared     bytes of dynamic shared memory;  warps: per program
     seconds    of CPU time the compilation took (near 0 from Triton's cache)
     """
@@ -90,16 +101,23 @@ class Binary:
     kernel: str
     architecture: Architecture
     signature: Signature
-    code: bytes
-    texts: dict[str, str]
+    key: str
+    files: dict[str, bytes]
     shared: int
     warps: int
     seconds: float
 
     @property
-    def suffix(self) -> str:
-        """Of a file that holds the code."""
-        return _BINARY[self.architecture.backend]
+    def code(self) -> bytes:
+        """The cubin or hsaco."""
+        return self._form(_BINARY[self.architecture.backend])
+
+    def text(self, form: str) -> str:
+        """An intermediate form: ttir, ttgir, llir, ptx or amdgcn."""
+        return self._form(form).decode()
+
+    def _form(self, suffix: str) -> bytes:
+        return next(content for name, content in self.files.items() if name.endswith(f".{suffix}"))
 
 
 def compile_launch(launch: Launch, architecture: Architecture) -> Binary:
@@ -109,21 +127,11 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Binary:
         KernelNotCompiled: Triton's compiler refuses the kernel for this architecture.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature = Signature.of(launch)
-    place = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=signature.types,
-        constexprs={place[name]: value for name, value in signature.constants.items()},
-        attrs={place[name]: _ALIGNED for name in signature.aligned},
-    )
-    target = GPUTarget(architecture.backend, architecture.code, architecture.warp)
+    signature = Signature.of(launch, architecture)
     start = _cpu_seconds()
     try:
-        compiled = triton.compile(source, target=target, options=launch.config.options)
+        compiled = triton.compile(signature.source, target=gpu_target(architecture), options=launch.config.options)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise KernelNotCompiled(kernel=launch.name, architecture=architecture.name, reason=reason) from error
@@ -132,12 +140,18 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Binary:
         kernel=launch.name,
         architecture=architecture,
         signature=signature,
-        code=compiled.asm[_BINARY[architecture.backend]],
-        texts={name: compiled.asm[name] for name in _TEXTS[architecture.backend] if name in compiled.asm},
+        key=compiled.hash,
+        files=_cache_entry(compiled.hash, f"{launch.name[:150]}.json"),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         seconds=_cpu_seconds() - start,
     )
+
+
+def _cache_entry(key: str, group: str) -> dict[str, bytes]:
+    from triton.runtime.cache import get_cache_manager
+
+    return {name: Path(path).read_bytes() for name, path in get_cache_manager(key).get_group(group).items()}
 
 
 def _digest(launch: Launch, signature: Signature, architecture: Architecture) -> str:

@@ -38,7 +38,8 @@ class Launch:
 
     kernel      a `@triton.jit` function
     grid        one to three counts of programs; int or SymInt
-    arguments   by name: tensors (fake ones will do), ints, SymInts, floats, None
+    arguments   by name: tensors (fake ones will do), ints, SymInts, floats, None; counts that differ from call to call
+                are `do_not_specialize` arguments of the kernel
     config      block sizes and other `tl.constexpr` by name, warps, stages
     """
 

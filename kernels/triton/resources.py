@@ -70,7 +70,7 @@ def _of_nvidia(binary: Binary) -> Resources:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     kinds = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.MULTILINE))
     instructions = {name: kinds[name] for name in _COUNTED if kinds[name]}
-    threads = re.search(r"\.reqntid\s+(\d+)", binary.texts["ptx"])
+    threads = re.search(r"\.reqntid\s+(\d+)", binary.text("ptx"))
     return Resources(
         registers=found["REG"],
         stack=found["STACK"],
@@ -82,7 +82,7 @@ def _of_nvidia(binary: Binary) -> Resources:
 
 
 def _of_amd(binary: Binary) -> Resources:
-    text = binary.texts["amdgcn"]
+    text = binary.text("amdgcn")
 
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", text)

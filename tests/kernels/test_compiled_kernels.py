@@ -54,7 +54,7 @@ def assert_fits(binary: Binary, architecture: Architecture) -> None:
 def assert_right_instructions(binary: Binary, launch: Launch) -> None:
     """Products of 16-bit numbers must run on the tensor cores, on sm_90 by its own instructions."""
     halves = any(kind in ("*fp16", "*bf16") for kind in binary.signature.types.values())
-    if not halves or "tt.dot" not in binary.texts["ttir"]:
+    if not halves or "tt.dot" not in binary.text("ttir"):
         return
     found: dict[str, Any] = resources_of(binary).instructions
     name = binary.architecture.name
