@@ -305,8 +305,8 @@ class OriginalMissing(TamisError):
 
 class TargetMissing(TamisError):
     template = (
-        "target {target}: this machine has no such device, and compiling for one that is not here is not there yet.\n"
-        "  hint: leave target out, or run this where the device is."
+        "target {target}: this machine has no such device.\n"
+        "  hint: leave target out, or name an architecture (cuda:sm_90) to compile its kernels here."
     )
     exit_code = 2
 

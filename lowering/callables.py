@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputMismatch
 from ..target import Target
+from .gpu import for_gpu
 from .inline import inline_ops
 from .live_counts import dummy_inputs, lift_counts
 
@@ -25,7 +26,7 @@ def lower(program: ExportedProgram, target: Target, mode: str | None = None) -> 
 
     Args:
         program: with tamis ops or without; for `mode` its counts should be symbols (`symbolic_counts()`).
-        target: what it will run on; ops are inlined on every device as long as they have no kernels of their own.
+        target: what was asked for; where the weights are decides: on a GPU ops run as kernels, elsewhere inlined.
         mode: None for eager execution, where an op runs its own implementation and nothing need be inlined; else
             Inductor's: "default", "reduce-overhead" or "max-autotune".
 
@@ -34,6 +35,13 @@ def lower(program: ExportedProgram, target: Target, mode: str | None = None) -> 
     if mode is None:
         return program.module()
     return InductorModule(program, mode)
+
+
+def is_on_gpu(program: ExportedProgram) -> bool:
+    """Whether the program's weights are on a GPU; of one without any, its example inputs."""
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    tensors = tensors or pytree.tree_leaves(program.example_inputs)
+    return any(isinstance(one, Tensor) and one.device.type == "cuda" for one in tensors)
 
 
 class InductorModule(nn.Module):
@@ -48,6 +56,8 @@ class InductorModule(nn.Module):
         self.in_spec, self.out_spec = program.call_spec.in_spec, program.call_spec.out_spec
         signature = program.module_call_graph[0].signature
         self.positional = list(getattr(signature, "forward_arg_names", None) or [])
+        self.on_gpu = for_gpu(program) if is_on_gpu(program) else None
+        program = program if self.on_gpu is None else self.on_gpu.program
         module = inline_ops(program, counts=False).module(check_guards=False)
         module.graph.set_codegen(fx.graph.CodeGen())  # flat inputs and outputs
         self.live_counts = lift_counts(module.graph)

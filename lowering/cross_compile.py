@@ -85,6 +85,15 @@ class CrossCompiled:
             ],
         }
 
+    def headline(self) -> str:
+        """One line on what was compiled, what it takes, and what has no kernel."""
+        spilling = [one.binary.kernel for one in self.kernels if one.resources.stack]
+        most = max((one.resources.registers for one in self.kernels), default=0)
+        words = [f"{len(self.kernels)} kernels for {self.architecture}", f"at most {most} registers a thread"]
+        words.append(f"spilling: {', '.join(sorted(set(spilling)))}" if spilling else "none spills")
+        left = sum(1 for one in self.lowered.placed if one.reason)
+        return ", ".join(words) + (f"; {left} nodes have no kernel (kernels.json says why)" if left else "")
+
     def write(self, folder: Path) -> None:
         """Write `kernels.json` and the folder `kernels` into a folder, which must have neither."""
         for one in self.kernels:

@@ -8,25 +8,45 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
-from typing import Any
 
-from ..lowering.cross_compile import FOLDER, LIST
+import torch
+from torch.export import ExportedProgram
+
+from ..errors import UnknownTarget
+from ..lowering.cross_compile import FOLDER, LIST, CrossCompiled, cross_compile
+from .files import check_file, staged
 
 log = logging.getLogger(__name__)
 
 
-def use_binaries(folder: Path, *, trusted: bool, device: Any) -> str:
-    """Give the kernels in a folder to Triton, if there are any for this device.
+def write_kernels(program: ExportedProgram, directory: Path, architecture: str | None) -> CrossCompiled:
+    """See `CompiledModel.write_kernels`; written whole or not at all."""
+    if architecture is None:
+        raise UnknownTarget(text="without an architecture")
+    for name in (FOLDER, LIST):
+        check_file(directory / name, overwrite=False)
+    compiled = cross_compile(program, architecture)
+    with staged(directory) as stage:
+        compiled.write(stage)
+        for name in (FOLDER, LIST):  # the list last: without it the folder means nothing
+            os.replace(stage / name, directory / name)
+    return compiled
 
-    Returns one line on what was done and why; "" where the folder has none or the device is no GPU.
+
+def use_binaries(folder: Path, *, trusted: bool) -> str:
+    """Give the kernels in a folder to Triton, if there are any for the GPU of this machine.
+
+    Returns one line on what was done and why; "" where the folder has none or the machine no GPU.
     """
-    if device.type != "cuda" or not (folder / LIST).is_file():
+    if not (folder / LIST).is_file() or not torch.cuda.is_available():
         return ""
     from ..kernels.triton.architecture import Architecture
 
-    line = _install(folder, Architecture.of(device).name) if trusted else "left alone: trusted=True uses them"
+    here = Architecture.of(torch.device("cuda")).name
+    line = _install(folder, here) if trusted else "left alone: trusted=True uses them"
     log.info("kernels of %s: %s", folder, line)
     return f"compiled kernels: {line}"
 

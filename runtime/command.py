@@ -124,11 +124,21 @@ def _write(compiled: CompiledModel, request: Request, directory: Any, step: Prog
     else:
         with whole_directory(output.path) as content:
             _export(compiled, content / "model.onnx", request, step)
+            if compiled.target.arch:
+                _compile_kernels(compiled, content, step)
             compiled.recipe.write(content / "recipe.yaml")
             (content / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
             copy_companions(directory, content)
     if request.report:
         write_text(Path(request.report), compiled.report.to_json() + "\n", overwrite)
+
+
+def _compile_kernels(compiled: CompiledModel, content: Path, step: Progress) -> None:
+    """The program and the kernels it runs with on the target."""
+    step(f"compiling kernels for {compiled.target}")
+    compiled.save(content / "model.pt2")
+    found = compiled.write_kernels(content)
+    compiled.report = compiled.report.with_changes(notes=(*compiled.report.notes, found.headline()))
 
 
 def _export(compiled: CompiledModel, path: Path, request: Request, step: Progress) -> None:

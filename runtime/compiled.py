@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from ..report import Benchmark, Drift, Report
 from ..target import Target
 from .inputs import Call, Inputs, describe, mask_of
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..lowering.cross_compile import CrossCompiled
 
 
 class CompiledModel(nn.Module):
@@ -162,6 +166,24 @@ class CompiledModel(nn.Module):
 
         _check_suffix(path, ".pt2")
         return save_package(self, os.fspath(path), overwrite=overwrite)
+
+    def write_kernels(self, directory: str | os.PathLike[str], architecture: str | None = None) -> CrossCompiled:
+        """Compile the kernels the model needs on a GPU, which need not be here, into `directory`.
+
+        Writes `kernels.json` (what each kernel takes: registers, shared memory, spills) and the folder `kernels`, which
+        must not be there yet.  `tamis.load` of a file beside them uses them where version and architecture match.
+
+        Args:
+            directory: an existing folder.
+            architecture: such as "sm_90" or "gfx942"; that of the target when None.
+
+        Raises:
+            UnknownTarget: neither names an architecture.
+            KernelNotCompiled, OutputExists, OutputNotWritable.
+        """
+        from .binaries import write_kernels
+
+        return write_kernels(self.graph.program, Path(directory), architecture or self.target.arch)
 
     def with_original(self, original: TokenGraph | None) -> CompiledModel:
         """This model with an original to verify against and to time (a loaded one has none); changes it in place."""

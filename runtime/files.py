@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import OutputExists, OutputNotWritable, UnknownOutputFormat
 
-DIRECTORY_FILES = ("model.onnx", "model.onnx.data", "recipe.yaml", "report.json")
+DIRECTORY_FILES = ("model.onnx", "model.onnx.data", "model.pt2", "recipe.yaml", "report.json", "kernels.json")
 # Files beside a model without which it cannot be used: configuration, tokenizer, preprocessor.
 COMPANIONS = (
     "config.json",

@@ -79,5 +79,6 @@ def plugins_of(pipeline: Pipeline) -> dict[str, str]:
 def _require_device(target: Target) -> None:
     import torch
 
-    if target.device != "cpu" and not torch.cuda.is_available():
+    # a named architecture need not be here: kernels are compiled for it all the same
+    if target.device != "cpu" and target.arch is None and not torch.cuda.is_available():
         raise TargetMissing(target=target)

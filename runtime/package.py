@@ -12,8 +12,10 @@ import torch
 
 from ..errors import ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
 from ..graph import RECIPE, Interface, TokenGraph
+from ..op import OPS
 from ..report import Report
 from ..target import Target
+from .binaries import use_binaries
 from .embedded import EXTRA, read_extra
 from .files import check_file, whole
 from .inputs import example_call, other_sizes
@@ -71,11 +73,15 @@ def load_package(path: str, *, trusted: bool) -> CompiledModel:
         original=None,
         call=call if call is not None else ((), {}),
         recipe=recipe,
-        report=Report.from_dict(extra["report"]),
+        report=_with_note(Report.from_dict(extra["report"]), use_binaries(Path(path).parent, trusted=trusted)),
         target=_device_of(program),
         mode=recipe.options.get("mode"),
         token_map=bool(extra["token_map"]),
     )
+
+
+def _with_note(report: Report, note: str) -> Report:
+    return report.with_changes(notes=(*report.notes, note)) if note else report
 
 
 def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: bool, check: bool) -> str:
@@ -95,7 +101,8 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
     def hold_against_torch(draft: Path) -> None:
         calls = other_sizes(program, model.example_call) or [model.example_call]
         reference, compared = lower(program, model.target), real_tokens_of(program)
-        check_onnx(draft, reference, calls, budget_of(program), compared=compared, shown=path)
+        options = {"compared": compared, "shown": path, "as_written": is_quantised(program)}
+        check_onnx(draft, reference, calls, budget_of(program), **options)
 
     check_file(Path(path), overwrite)
     try:
@@ -116,6 +123,11 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
         hint = "save it as .pt2 instead, or report the model and the recipe."
         raise ExportFailed(path=path, kind="ONNX", reason=_first_line(error), hint=hint) from error
     return path
+
+
+def is_quantised(program: Any) -> bool:
+    """Whether values are rounded to integers on the way."""
+    return any(op.captured and op.call in {node.target for node in program.graph.nodes} for op in OPS.values())
 
 
 def budget_of(program: Any) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ModelNotFound, WrongUsage
 from ..recipe_errors import PluginMissing
+from ..target import Target
 from .files import Output, check_file
 from .options import DEFAULTS
 from .recipe import Recipe
@@ -78,8 +79,16 @@ class Request:
             raise ModelNotFound(path=self.verify, hint=hint)
         if not self.check:
             self.output.check(self.overwrite)
+            self._check_target()
             if self.report:
                 check_file(self.report, self.overwrite)
+
+    def _check_target(self) -> None:
+        """Kernels for a named architecture are files beside the model, so they need a directory."""
+        arch = None if self.options["target"] == "auto" else Target.parse(self.options["target"]).arch
+        if arch and self.output.kind != "directory":
+            problem = f"--target {self.options['target']} writes kernels, and {self.output.path} is one file"
+            raise WrongUsage(problem=problem, hint="name a directory: -o out/")
 
 
 def check_plugins(paths: Iterable[Path]) -> None:

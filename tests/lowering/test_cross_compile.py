@@ -1,0 +1,68 @@
+"""Kernels of a rewritten model for GPUs that are not here: what is compiled, listed and written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+import tamis
+from tamis.lowering.cross_compile import cross_compile
+from tamis.lowering.gpu import for_gpu
+
+
+@pytest.fixture(scope="module")
+def fast():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3).eval().half()
+    return tamis.compile(model, (torch.randn(2, 3, 96, 96).half(),), passes="tome:r=4", verify=False)
+
+
+@pytest.fixture(scope="module")
+def compiled(fast):
+    return cross_compile(fast.graph.program, "sm_90")
+
+
+def test_every_kernel_is_compiled_once_and_every_node_is_accounted_for(fast, compiled):
+    names = [one.binary.name for one in compiled.kernels]
+    assert names
+    assert len(names) == len(set(names))
+    launched = {use.node for one in compiled.kernels for use in one.uses}
+    by_reference = {one.node for one in compiled.lowered.placed if one.reason}
+    assert launched | by_reference == {one.node for one in compiled.lowered.placed}
+    assert not launched & by_reference
+
+
+def test_one_matching_kernel_serves_all_layers(compiled):
+    uses = [len(one.uses) for one in compiled.kernels if "match" in one.binary.kernel]
+    assert uses
+    assert all(count == 3 for count in uses)
+
+
+def test_the_list_says_what_each_takes(compiled, tmp_path):
+    compiled.write(tmp_path)
+    listed = json.loads((tmp_path / "kernels.json").read_text())
+    assert listed["architecture"] == "sm_90"
+    for one in listed["kernels"]:
+        assert one["stack"] == 0
+        assert one["registers"] > 0
+        assert one["uses"][0]["grid"]
+        assert (tmp_path / "kernels" / one["name"] / f"{one['kernel']}.cubin").stat().st_size > 0
+    symbols = {
+        name for one in listed["kernels"] for use in one["uses"] for size in use["grid"] for name in _symbols(size)
+    }
+    assert symbols
+    assert symbols <= set(listed["sizes"])
+
+
+def _symbols(size: str) -> set[str]:
+    import sympy
+
+    return {str(one) for one in sympy.sympify(size.replace("//", "/")).free_symbols}
+
+
+def test_the_given_program_is_not_changed(fast):
+    before = str(fast.graph.program.graph)
+    for_gpu(fast.graph.program)
+    assert str(fast.graph.program.graph) == before

@@ -1,0 +1,64 @@
+"""Kernels beside an artifact: who may use them, and when they are compiled again instead."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tamis.errors import OutputExists, UnknownTarget
+from tamis.kernels.triton.architecture import KNOWN, Architecture
+from tamis.runtime import binaries
+
+
+@pytest.fixture
+def on_sm_90(monkeypatch):
+    """A machine with such a GPU, as far as choosing binaries goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Architecture, "of", staticmethod(lambda device: KNOWN["sm_90"]))
+    installed = []
+    monkeypatch.setattr(binaries, "install", lambda *what: installed.append(what))
+    return installed
+
+
+def listing(folder, architecture="sm_90", triton=None):
+    import triton as here
+
+    kernel = {"name": "match_0", "cache_key": "0" * 64, "kernel": "match"}
+    versions = {"triton": triton or here.__version__}
+    content = {"architecture": architecture, "versions": versions, "kernels": [kernel]}
+    (folder / "kernels.json").write_text(json.dumps(content))
+
+
+def test_they_are_installed_where_all_matches(on_sm_90, tmp_path):
+    listing(tmp_path)
+    assert "1 in use, made for sm_90" in binaries.use_binaries(tmp_path, trusted=True)
+    assert on_sm_90 == [(tmp_path / "kernels" / "match_0", "0" * 64, "match")]
+
+
+@pytest.mark.parametrize(
+    ("made", "trusted", "said"),
+    [
+        ({}, False, "left alone: trusted=True uses them"),
+        ({"architecture": "sm_80"}, True, "made for sm_80, and this is sm_90: compiled again"),
+        ({"triton": "3.0.0"}, True, "made by Triton 3.0.0, and this is"),
+    ],
+)
+def test_else_they_are_left_alone_and_it_is_said(on_sm_90, tmp_path, made, trusted, said):
+    listing(tmp_path, **made)
+    assert said in binaries.use_binaries(tmp_path, trusted=trusted)
+    assert on_sm_90 == []
+
+
+def test_without_a_gpu_nothing_is_said(tmp_path):
+    listing(tmp_path)
+    assert binaries.use_binaries(tmp_path, trusted=True) == ("" if not torch.cuda.is_available() else pytest.skip())
+
+
+def test_an_architecture_is_needed_and_nothing_is_overwritten(tmp_path):
+    with pytest.raises(UnknownTarget):
+        binaries.write_kernels(None, tmp_path, None)
+    listing(tmp_path)
+    with pytest.raises(OutputExists):
+        binaries.write_kernels(None, tmp_path, "sm_90")
