@@ -11,7 +11,7 @@ spare   bool                whether `moved` may have unused entries: those that 
 ->      [B, N', C] as x;  [B, N'] float32
 
 Float32 arithmetic (float64 for float64 input), rounded once to x's type; the moved tokens of a slot are added to its
-leader in ascending order (on CUDA, until there is a kernel, in any).  The mean is leader + sum w_i (x_i - leader) /
+leader in ascending order (in a reference inlined on CUDA, in any).  The mean is leader + sum w_i (x_i - leader) /
 mass, so a slot of one token, or of equal ones, is a bitwise copy.  NaN and inf stay within their slot.  Where the
 weights of a slot add up to 0 its mean is NaN.  Raises nothing of its own.
 Source: the apply step of methods card 1.2 and rule 0.4.6.  Differs: only moved tokens are added, never all; the mass
@@ -131,8 +131,23 @@ def sample_plan() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return x, slot, leader, moved, weight
 
 
+def drawn_plan(batch: int, tokens: int, slots: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, slot, leader, moved and weight: slots led in any order, the other tokens anywhere, no spare entry."""
+    generator = torch.Generator().manual_seed(tokens)
+    order = torch.rand(batch, tokens, generator=generator).argsort(1)
+    leader, moved = order[:, :slots].contiguous(), order[:, slots:].sort(1).values
+    goal = torch.randint(0, slots, moved.shape, generator=generator)
+    own = torch.arange(slots).expand(batch, slots)
+    slot = torch.zeros(batch, tokens, dtype=torch.int64).scatter(1, leader, own).scatter(1, moved, goal)
+    x = torch.randn(batch, tokens, width, generator=generator)
+    return x, slot, leader, moved, torch.rand(batch, tokens, generator=generator) + 0.5
+
+
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests: several, one and no source per slot, with spare entries and without."""
+    for sizes in [(2, 101, 53, 7), (1, 1, 1, 1), (1, 3, 2, 8209)]:
+        *plan, weight = drawn_plan(*sizes)
+        yield *plan, weight, False
     x, slot, leader, moved, weight = sample_plan()
     for w in (None, weight):
         for dtype in (torch.float32, torch.float16):
@@ -153,6 +168,6 @@ MERGE_TOKENS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="merge",
     )
 )

@@ -12,7 +12,7 @@ normalize  bool                 mean or sum
 ->         [B, N', C] as x
 
 Float32 arithmetic (float64 for float64 input), rounded once to x's type; the moved tokens of a slot are added to its
-leader in ascending order (on CUDA, until there is a kernel, in any).  A mean is leader + sum w_i (x_i - leader) /
+leader in ascending order (in a reference inlined on CUDA, in any).  A mean is leader + sum w_i (x_i - leader) /
 sum w, so a slot of one token, or of equal ones, is a bitwise copy; so is one of one token in a sum without weight.  NaN
 and inf stay within their slot.  Where the weights of a slot add up to 0 its mean is NaN.  Raises nothing of its own.
 Source: the apply step of methods card 1.2 and rule 0.4.6.  Differs: only moved tokens are scattered, never all; no
@@ -29,7 +29,7 @@ from onnxscript import script
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
-from .merge_tokens import MergeTokensSpare, merged_tokens, sample_plan, uses
+from .merge_tokens import MergeTokensSpare, drawn_plan, merged_tokens, sample_plan, uses
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -103,6 +103,8 @@ def flops(x: Any, slot: Any, leader: Any, moved: Any, *_: Any, **__: Any) -> int
 
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests: plans with several, one and no source per slot, and spare entries."""
+    *plan, weight = drawn_plan(2, 67, 31, 13)
+    yield *plan, weight, False
     x, slot, leader, moved, weight = sample_plan()
     for normalize in (True, False):
         for dtype in (torch.float32, torch.float16):
@@ -122,6 +124,6 @@ REDUCE_TOKENS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="reduce",
     )
 )

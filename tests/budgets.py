@@ -26,7 +26,7 @@ def assert_within_budget(got: Any, reference: Any, exact: Any) -> None:
         if not have.is_floating_point():
             assert torch.equal(have, ours)
         elif have.numel():
-            _assert_close(have.double(), ours.double(), truth, torch.finfo(have.dtype).eps)
+            _assert_close(have.double(), ours.double(), truth.double(), torch.finfo(have.dtype).eps)
 
 
 def _assert_close(have: torch.Tensor, ours: torch.Tensor, truth: torch.Tensor, unit: float) -> None:

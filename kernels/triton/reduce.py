@@ -1,0 +1,38 @@
+"""reduce_tokens on a GPU: one launch of `segments.reduce_kernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architecture import Architecture
+from .launch import Twin, Work
+from .segments import example_plan, reduce_launch, why_not
+
+
+def work(
+    architecture: Architecture,
+    x: Tensor,
+    slot: Tensor,
+    leader: Tensor,
+    moved: Tensor | None,
+    weight: Tensor | None,
+    normalize: bool,
+) -> Work:
+    """One launch."""
+    y = x.new_empty((*leader.shape, x.shape[2]))
+    return [reduce_launch(architecture, x, slot, leader, moved, weight, (y, None, None, None), mean=normalize)], y
+
+
+def examples() -> Iterator[tuple[Any, ...]]:
+    """Pruning, and pruning with one token made of the rest, of ViTs."""
+    for size, dtype in [((256, 197, 140, 768), torch.bfloat16), ((8, 577, 404, 1024), torch.float16)]:
+        x, slot, leader, moved, weight = example_plan(*size, dtype)
+        yield x, slot, leader, None, None, False
+        yield x, slot, leader, moved, weight, False
+
+
+TWIN = Twin(work, examples, why_not)
