@@ -49,7 +49,7 @@ class Op:
     reference  the definition in torch: deterministic, float32 arithmetic, calls torch only; traceable by make_fx with
                symbolic shapes (no branch on data)
     fake       shape rule: same arguments, empty results
-    onnx       same arguments -> OnnxCall
+    onnx       same arguments -> OnnxCall; None for an op that only lowering for a GPU makes
     flops      same arguments (tensors as shapes) -> floating point operations, multiply and add counted as two
     samples    argument tuples that the generic tests run: reference, fake, ONNX, and later Triton, must agree on them
     triton     module of `tamis.kernels.triton` that has its kernels; None where the reference is inlined on GPUs too
@@ -59,7 +59,7 @@ class Op:
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    onnx: Callable[..., OnnxCall]
+    onnx: Callable[..., OnnxCall] | None
     flops: Callable[..., int]
     samples: Callable[[], Iterable[tuple[Any, ...]]]
     triton: str | None = None

@@ -1,6 +1,7 @@
 """tamis.kernels: one file per op.  Importing the package registers every op with torch (`torch.ops.tamis.*`)."""
 
 if __name__ == "tamis.kernels":
+    from . import add_reduce_norm as add_reduce_norm
     from . import attention as attention
     from . import attention_lse as attention_lse
     from . import attention_statistics as attention_statistics
