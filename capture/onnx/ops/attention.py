@@ -1,18 +1,19 @@
-"""Attention, rotary embedding, and the fused layers of ONNX Runtime's transformer optimizer."""
+"""Attention and rotary embedding as the standard has them."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..table import CONTRIB, Unsupported, op
+from ..table import op
 from ..tensors import DTYPES
 
-NO_BIAS, CAPPED, BIASED, PROBABILITIES = range(4)  # what `qk_matmul_output` holds
+STEPS = ("product", "capped", "biased", "probabilities")  # by `qk_matmul_output_mode`
 
 
 @op("Attention", since=23)
@@ -45,33 +46,98 @@ def attention(
     if joined:
         assert q_num_heads is not None
         assert kv_num_heads is not None
-        q, k, v = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
+        q, k, v = with_heads(q, q_num_heads), with_heads(k, kv_num_heads), with_heads(v, kv_num_heads)
     if past_key is not None and past_value is not None:
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    present = k, v
     offset: Any = 0 if past_key is None else past_key.shape[2]
     if lengths is not None:
         offset = (lengths - q.shape[2]).reshape(-1, 1, 1, 1)
-    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
-    mask = _padded(mask, k.shape[2])
-    plain = past_key is None and lengths is None and left_window_size < 0 and right_window_size < 0
-    by_flag = bool(is_causal) and plain and mask is None
-    if not by_flag:
-        mask = _seen(q, k, mask, offset, lengths, bool(is_causal), left_window_size, right_window_size)
-    scale = scale if scale else 1 / math.sqrt(q.shape[-1])
-    if outputs < 4 and not softcap:
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=by_flag, scale=scale)
-        return _results(y, joined, *present, None, outputs)
-    if by_flag:
-        mask = _seen(q, k, None, 0, None, True, -1, -1)
+    hiding = Hiding(padded(mask, k.shape[2]), bool(is_causal), offset, lengths, left_window_size, right_window_size)
+    wanted = STEPS[qk_matmul_output_mode] if outputs == 4 else None
     precision = None if softmax_precision is None else DTYPES[softmax_precision]
-    y, product = _written_out(q, k, v, mask, scale, softcap, precision, qk_matmul_output_mode)
-    return _results(y, joined, *present, product, outputs)
+    y, product = attend(q, k, v, hiding, scale=scale, softcap=softcap, wanted=wanted, precision=precision)
+    y = without_heads(y) if joined else y
+    return y if outputs == 1 else (y, k, v, product)[:outputs]
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+@dataclass(frozen=True)
+class Hiding:
+    """What keys a query sees.
+
+    mask     boolean, true where seen, or added to the logits; it broadcasts to [B, H, N, M]
+    causal   whether no later key is seen than the query itself, query i having place `offset` + i among the keys
+    offset   a number, or integers [B, 1, 1, 1]
+    lengths  how many keys of each row are real, [B]
+    left, right  how many keys before and after its own place a query sees; below zero: all
+    """
+
+    mask: Tensor | None = None
+    causal: bool = False
+    offset: Any = 0
+    lengths: Tensor | None = None
+    left: int = -1
+    right: int = -1
+
+    @property
+    def by_flag(self) -> bool:
+        """Whether plain causality says it all."""
+        plain = type(self.offset) is int and not self.offset and self.lengths is None
+        return self.causal and self.mask is None and plain and self.left < 0 and self.right < 0
+
+    def whole(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """One mask for all that hides keys: boolean, or additive if the given one is."""
+        query = torch.arange(q.shape[2]).unsqueeze(1) + self.offset
+        key = torch.arange(k.shape[2])
+        conditions = [key <= query] if self.causal else []
+        conditions += [query - key <= self.left] if self.left >= 0 else []
+        conditions += [key - query <= self.right] if self.right >= 0 else []
+        conditions += [key < self.lengths.reshape(-1, 1, 1, 1)] if self.lengths is not None else []
+        if not conditions:
+            return self.mask
+        seen = conditions[0]
+        for condition in conditions[1:]:
+            seen = seen & condition
+        if self.mask is None:
+            return seen
+        return seen & self.mask if self.mask.dtype == torch.bool else torch.where(seen, self.mask, -math.inf)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hiding: Hiding,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    wanted: str | None = None,
+    precision: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T scale, capped, + mask) v of q [B, H, N, D] and k, v [B, G, M, D], and one of its steps.
+
+    scale   1 / sqrt(D) unless given
+    softcap  logits x become softcap * tanh(x / softcap); 0: as they are
+    sink    a logit per head, [H], of a key without a value that every query sees
+    wanted  which step is returned beside the result: one of STEPS
+    """
+    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    scale = scale if scale else 1 / math.sqrt(q.shape[-1])
+    if wanted is None and not softcap and sink is None:
+        mask = None if hiding.by_flag else hiding.whole(q, k)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=hiding.by_flag, scale=scale), None
+    y, steps = _written_out(q, k, v, hiding.whole(q, k), scale, softcap, sink, precision)
+    return y, None if wanted is None else steps[wanted]
+
+
+def with_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H D] to [B, H, N, D]."""
     return x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)
+
+
+def without_heads(x: Tensor) -> Tensor:
+    """[B, H, N, D] to [B, N, H D]."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
@@ -82,61 +148,49 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(2).expand(batch, groups, heads // groups, tokens, size).reshape(batch, heads, tokens, size)
 
 
-def _padded(mask: Tensor | None, keys: Any) -> Tensor | None:
+def padded(mask: Tensor | None, keys: Any) -> Tensor | None:
     """A mask may be shorter than the keys; those it does not speak of are hidden."""
     if mask is None or mask.shape[-1] == keys:
         return mask
     return F.pad(mask, [0, keys - mask.shape[-1]], value=False if mask.dtype == torch.bool else -math.inf)
 
 
-def _seen(
-    q: Tensor, k: Tensor, mask: Tensor | None, offset: Any, lengths: Tensor | None, causal: bool, left: int, right: int
-) -> Tensor | None:
-    """One mask for all that hides keys: boolean, or additive if the given one is."""
-    query = torch.arange(q.shape[2]).unsqueeze(1) + offset
-    key = torch.arange(k.shape[2])
-    conditions = [key <= query] if causal else []
-    conditions += [query - key <= left] if left >= 0 else []
-    conditions += [key - query <= right] if right >= 0 else []
-    conditions += [key < lengths.reshape(-1, 1, 1, 1)] if lengths is not None else []
-    if not conditions:
-        return mask
-    seen = conditions[0]
-    for condition in conditions[1:]:
-        seen = seen & condition
-    if mask is None:
-        return seen
-    return seen & mask if mask.dtype == torch.bool else torch.where(seen, mask, -math.inf)
-
-
 def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, precision: Any, mode: int
-) -> tuple[Tensor, Tensor]:
-    """The same step by step, and the step that `mode` asks for."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    sink: Tensor | None,
+    precision: torch.dtype | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same step by step, and the steps."""
     product = torch.matmul(q * math.sqrt(scale), (k * math.sqrt(scale)).transpose(-2, -1))
-    steps = {NO_BIAS: product}
+    steps = {"product": product}
     if softcap:
         product = torch.tanh(product / softcap) * softcap
-    steps[CAPPED] = product
+    steps["capped"] = product
     if mask is not None:
         bias = torch.where(mask, 0.0, -math.inf).to(q.dtype) if mask.dtype == torch.bool else mask
         product = product + bias
-    steps[BIASED] = product
-    probabilities = torch.softmax(product, -1, dtype=precision)
-    if mask is not None:
+    steps["biased"] = product
+    probabilities = _softmax(product, sink, precision)
+    if mask is not None and sink is None:
         hidden = (
             (~mask).all(-1, keepdim=True) if mask.dtype == torch.bool else (mask == -math.inf).all(-1, keepdim=True)
         )
         probabilities = torch.where(hidden, 0.0, probabilities)
     probabilities = probabilities.to(q.dtype)
-    steps[PROBABILITIES] = probabilities
-    return torch.matmul(probabilities, v), steps[mode]
+    steps["probabilities"] = probabilities
+    return torch.matmul(probabilities, v), steps
 
 
-def _results(y: Tensor, joined: bool, key: Tensor, value: Tensor, product: Tensor | None, outputs: int) -> Any:
-    if joined:
-        y = y.transpose(1, 2).reshape(y.shape[0], y.shape[2], -1)
-    return y if outputs == 1 else (y, key, value, product)[:outputs]
+def _softmax(logits: Tensor, sink: Tensor | None, precision: torch.dtype | None) -> Tensor:
+    if sink is None:
+        return torch.softmax(logits, -1, dtype=precision)
+    extra = sink.reshape(-1, 1, 1).expand(*logits.shape[:-1], 1)
+    return torch.softmax(torch.cat([logits, extra], -1), -1, dtype=precision)[..., :-1]
 
 
 @op("RotaryEmbedding", since=23)
@@ -168,46 +222,3 @@ def rotary_embedding(
         turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
     y = turned if size == x.shape[-1] else torch.cat([turned, rest], -1)
     return y.transpose(1, 2).reshape(batch, tokens, width) if joined else y
-
-
-@op("FastGelu", domain=CONTRIB)
-def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The tanh approximation of GELU."""
-    return F.gelu(x if bias is None else x + bias, approximate="tanh")
-
-
-@op("BiasGelu", domain=CONTRIB)
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU of a sum."""
-    return F.gelu(x + bias)
-
-
-@op("Gelu", domain=CONTRIB)
-def gelu(x: Tensor) -> Tensor:
-    """GELU."""
-    return F.gelu(x)
-
-
-@op("QuickGelu", domain=CONTRIB)
-def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
-    """x sigmoid(alpha x)."""
-    return x * torch.sigmoid(x * alpha)
-
-
-@op("FusedMatMul", domain=CONTRIB)
-def fused_matmul(
-    a: Tensor,
-    b: Tensor,
-    *,
-    alpha: float = 1.0,
-    transA: int = 0,
-    transB: int = 0,
-    transBatchA: int = 0,
-    transBatchB: int = 0,
-) -> Tensor:
-    """alpha a b, with the last two axes of either exchanged."""
-    if transBatchA or transBatchB:
-        raise Unsupported("it exchanges batch axes")
-    a, b = a.transpose(-2, -1) if transA else a, b.transpose(-2, -1) if transB else b
-    product = torch.matmul(a, b)
-    return product if alpha == 1.0 else product * alpha

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..table import CONTRIB, Unsupported, op
+from ..table import Unsupported, op
 from ..tensors import DTYPES
 
 
@@ -48,47 +48,6 @@ def rms_normalization(
     if list(scale.shape) == whole:
         return F.rms_norm(x, whole, scale, epsilon)
     return F.rms_norm(x, whole, None, epsilon) * scale
-
-
-@op("SimplifiedLayerNormalization")
-def simplified_layer_normalization(
-    x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
-) -> Tensor:
-    """RMSNormalization as ONNX Runtime called it before the standard had it."""
-    return rms_normalization(x, scale, axis=axis, epsilon=epsilon)
-
-
-@op("SkipLayerNormalization", domain=CONTRIB)
-def skip_layer_normalization(
-    x: Tensor,
-    skip: Tensor,
-    gamma: Tensor,
-    beta: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    epsilon: float = 1e-5,
-    outputs: int = 1,
-) -> Any:
-    """The norm of a residual sum; the sum itself is the fourth result."""
-    total = _sum(x, skip, bias)
-    return _with_sum(F.layer_norm(total, [x.shape[-1]], gamma, beta, epsilon), total, outputs)
-
-
-@op("SkipSimplifiedLayerNormalization", domain=CONTRIB)
-def skip_simplified_layer_normalization(
-    x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None, *, epsilon: float = 1e-5, outputs: int = 1
-) -> Any:
-    """The root-mean-square norm of a residual sum; the sum itself is the fourth result."""
-    total = _sum(x, skip, bias)
-    return _with_sum(F.rms_norm(total, [x.shape[-1]], gamma, epsilon), total, outputs)
-
-
-def _sum(x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
-    return x + skip if bias is None else (x + bias) + skip
-
-
-def _with_sum(y: Tensor, total: Tensor, outputs: int) -> Any:
-    return y if outputs == 1 else (y, None, None, total)[:outputs]
 
 
 @op("BatchNormalization")
