@@ -49,31 +49,24 @@ def group_query_attention(
     sliding_window_cache: int = 0,
     k_quant_type: str = "NONE",
     v_quant_type: str = "NONE",
-    kv_cache_bit_width: int = 0,
     outputs: int = 1,
 ) -> Any:
     """Causal attention of queries [B, N, H D] to keys and values [B, N, G D], or of all three side by side.
 
-    past_key, past_value  [B, G, P, D]; P may be more than the tokens in it
+    past_key, past_value  [B, G, P, D], P being the tokens before or more
     seqlens_k  index of each row's last real key once the new ones stand behind the past, [B]
     total_sequence_length  how many keys the longest row then has
-    cos_cache, sin_cache   [positions, D / 2], for `do_rotary`
-    position_ids  [B, N]; those of a prompt should count on from its first one, as ONNX Runtime reads no other
+    position_ids  [B, N], rows of the caches [positions, D / 2]; of a prompt ONNX Runtime reads the first and counts on
     local_window_size  how many keys a query sees, its own among them; -1: all
-    head_sink  see `attend`; `smooth_softmax` is a sink of zeros
-    qk_output  whether the fourth result is the logits (1) or the probabilities (2)
+    head_sink  see `attend`; `smooth_softmax` is a sink of zeros;  qk_output  1: logits, 2: probabilities
     """
     if sliding_window_cache or k_scale is not None or v_scale is not None or {k_quant_type, v_quant_type} != {"NONE"}:
         raise Unsupported("its cache is quantised, or holds a window only")
     q, k, v = _grouped(query, key, value, num_heads, kv_num_heads)
-    if q_norm_weight is not None and k_norm_weight is not None:
-        q = rms_normalization(q, q_norm_weight, epsilon=qk_norm_epsilon)
-        k = rms_normalization(k, k_norm_weight, epsilon=qk_norm_epsilon)
+    q, k = _normed(q, q_norm_weight, qk_norm_epsilon), _normed(k, k_norm_weight, qk_norm_epsilon)
     lengths = seqlens_k.reshape(-1) + 1
     before = None if past_key is None else torch.clamp(lengths - q.shape[2], min=0).to(torch.int64)
     if do_rotary:
-        assert cos_cache is not None
-        assert sin_cache is not None
         where = _positions(q.shape[2], before) if position_ids is None else position_ids
         q, k = (_rotated(one, where, cos_cache, sin_cache, rotary_interleaved) for one in (q, k))
     if past_key is not None and past_value is not None and before is not None:
@@ -82,8 +75,7 @@ def group_query_attention(
     hiding = Hiding(padded(attention_bias, k.shape[2]), bool(causal), offset, lengths, max(local_window_size - 1, -1))
     sink = torch.zeros(num_heads, dtype=q.dtype) if head_sink is None and smooth_softmax > 0 else head_sink
     y, product = attend(q, k, v, hiding, scale=scale, softcap=softcap, sink=sink, wanted=STEPS[qk_output])
-    if product is not None:
-        product = product.masked_fill(product == -math.inf, 0)  # as ONNX Runtime leaves what is not seen
+    product = None if product is None else product.masked_fill(product == -math.inf, 0)  # as ONNX Runtime has it
     return (without_heads(y), k, v, product)[:outputs]
 
 
@@ -103,7 +95,13 @@ def _positions(tokens: Any, before: Tensor | None) -> Tensor:
     return places if before is None else places + before.unsqueeze(1)
 
 
-def _rotated(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: int) -> Tensor:
+def _normed(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    return x if weight is None else rms_normalization(x, weight, epsilon=epsilon)
+
+
+def _rotated(x: Tensor, positions: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: int) -> Tensor:
+    if cos is None or sin is None:
+        raise Unsupported("it rotates, and has no cosines and sines")
     return rotary_embedding(x, cos, sin, positions, interleaved=interleaved, rotary_embedding_dim=2 * cos.shape[-1])
 
 
