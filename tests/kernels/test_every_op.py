@@ -86,6 +86,8 @@ def trace(op: Any, args: tuple[Any, ...]) -> tuple[Any, list[str], list[Any]]:
             return backed_symbol(shape_env, value)
         # equal sizes share a symbol, as they do in a model; heads and features are known
         sizes = [DimDynamic.DUCK] * value.dim()
+        if value.shape == args[0].shape[-1:] and args[0].is_floating_point():
+            sizes = [DimDynamic.STATIC]
         if value.is_floating_point() and value.dim() > 2:
             is_mask = op.call._schema.arguments[index].name == "mask"
             for axis in {True: (-3,), False: (1, 3) if value.dim() == 4 else (2,)}[is_mask]:
