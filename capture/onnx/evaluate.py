@@ -53,6 +53,7 @@ class Evaluator:
         for value in file.graph.inputs:
             if fixed and (name := str(value.name)) in fixed:
                 self.constants[value] = known(fixed[name])
+        self.numbers = {value for node in self.entries for value in _numbers_of(node, file.graph)}
         self.tensors: dict[int, Value] = {}  # by identity: attributes have no hash
         for node in _all_nodes(self.nodes):
             self._read_tensors(node)
@@ -67,6 +68,8 @@ class Evaluator:
 
     def _read_tensors(self, node: ir.Node) -> None:
         """Tensors among a node's attributes; those of constants are weights."""
+        if number is None and value in self.numbers and foldable(weight):
+            number = known(weight)
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.TENSOR:
                 weight = as_torch(attribute.as_tensor(), self.folder)
