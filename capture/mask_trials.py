@@ -98,6 +98,11 @@ def _name(node: fx.Node) -> str:
     return "" if packet is None else str(packet).removeprefix("aten.").rstrip("_")
 
 
+def _size(size: Any, usual: int, sizes: dict[str, int]) -> int:
+    """The usual size of a symbol, unless it has one; what a formula of symbols makes of theirs."""
+    return int(size.subs({one: sizes.setdefault(str(one), usual) for one in size.free_symbols}))
+
+
 def made_up_input(node: fx.Node, trial: Trial, sizes: dict[str, int]) -> Any:
     """A tensor like a user input at a trial; in `sizes`, which the inputs of one run share, the length of each symbol.
 
@@ -109,7 +114,7 @@ def made_up_input(node: fx.Node, trial: Trial, sizes: dict[str, int]) -> Any:
     shape = []
     for axis, size in enumerate(like.shape):
         if isinstance(size, torch.SymInt):
-            shape.append(sizes.setdefault(str(size), trial.batch if axis == 0 else trial.length))
+            shape.append(_size(size.node.expr, trial.batch if axis == 0 else trial.length, sizes))
         else:
             shape.append(int(size))
     kept = torch.ones(shape, dtype=torch.bool)

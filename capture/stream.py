@@ -11,6 +11,7 @@ from torch import fx
 
 from ..graph import Layer, Site
 from .closure import ancestors, descendants
+from .nodes import MOVES, RESHAPES, op_of
 from .rotation import keys_before_rotation
 from .sizes import same
 from .streams import reached_in_place
@@ -18,6 +19,8 @@ from .streams import reached_in_place
 aten = torch.ops.aten
 ADDS = (aten.add.Tensor, aten.add_.Tensor)
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+CARRY = {*MOVES, *RESHAPES, "aten.to", "aten.clone", "aten.contiguous", "aten.expand", "aten.unsqueeze", "aten.squeeze"}
+CARRY |= {"aten.select", "aten.slice"}  # what hands keys on without changing them
 
 
 def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
@@ -36,8 +39,8 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
         if isinstance(residual, str):
             judged.append(replace(site, role=_side_role(by_name, site), reason=residual))
         else:
-            judged.append(replace(site, role="stream"))
-            found.append((site, residual))
+            judged.append(replace(site, role="stream", cached=residual.cached))
+            found.append((judged[-1], residual))
     found = _deepest(graph, found)
     mine = {site.index for site, _ in found}
     found = [layer for i, layer in enumerate(found) if layer[1].add not in [other[1].add for other in found[:i]]]
@@ -82,17 +85,22 @@ def _with_keys_before_rope(
     start = found[0][1].stream
     stream = {start} | descendants(start, through_sizes=False)
     for site in sites:
-        raw = keys_before_rotation(by_name[site.k], order, stream) if site.role == "stream" else None
+        plain = site.role == "stream" and not site.cached
+        raw = keys_before_rotation(by_name[site.k], order, stream) if plain else None
         yield site if raw is None else replace(site, k_before_rope=raw.node, rope_axes=raw.axes)
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The add that closes an attention branch, the stream it adds to, and whether the MLP joined on the way."""
+    """The add that closes an attention branch, the stream it adds to, and whether the MLP joined on the way.
+
+    cached  whether keys that the model was given stand before those of the stream
+    """
 
     add: fx.Node
     stream: fx.Node
     with_mlp: bool
+    cached: bool = False
 
 
 def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: Site) -> Residual | str:
@@ -110,15 +118,30 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             value = outside[0].meta["val"]
             if value.dim() != 3:
                 return f"its residual {outside[0].name} has {value.dim()} axes, not batch, tokens, channels"
-            if not (same(value.shape[1], tokens) and same(tokens, keys)):
+            cached = not same(tokens, keys) and _behind_cache(k, tokens)
+            if not (same(value.shape[1], tokens) and (same(tokens, keys) or cached)):
                 return f"queries ({tokens}), keys ({keys}) and residual ({value.shape[1]}) are not the same tokens"
             if not same(value.shape[0], q.meta["val"].shape[0]):
                 return f"its batch ({q.meta['val'].shape[0]}) is not the stream's ({value.shape[0]})"
-            return Residual(node, outside[0], joined)
+            return Residual(node, outside[0], joined, cached)
         if node.target in ADDS and inside and outside and outside[0].op != "placeholder":
             joined = True
         below.add(node)
     return "its result is not added to a value it was computed from"
+
+
+def _behind_cache(keys: fx.Node, tokens: Any) -> bool:
+    """Whether keys [B, H, M, D] are an input of the model and, behind it, those of `tokens` tokens."""
+    while op_of(keys) in CARRY:
+        keys = keys.args[0]  # type: ignore[assignment]
+    pieces: Any = keys.args[0] if op_of(keys) == "aten.cat" else []
+    if len(pieces) != 2:
+        return False
+    cache, own = pieces
+    axis = keys.args[1] if len(keys.args) > 1 else 0
+    while op_of(cache) in CARRY:
+        cache = cache.args[0]
+    return cache.op == "placeholder" and same(own.meta["val"].shape[axis], tokens)
 
 
 def _is_bias(node: fx.Node) -> bool:

@@ -53,6 +53,7 @@ class Site:
     """
 
     index: int
+    cached  whether keys and values of earlier tokens, which the model is given, stand before those of its own
     node: str
     q: str
     k: str
@@ -73,6 +74,7 @@ class Site:
 
     @property
     def hides_later(self) -> bool:
+    cached: bool = False
         """Whether no token sees a later one, by a flag or by the mask."""
         return self.causal or self.mask.causal
 

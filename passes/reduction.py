@@ -125,6 +125,8 @@ class TokenReduction(Pass):
         if not graph.layers:
             return "no token stream was found"
         if self.needs_class_token and not graph.class_token:
+        if any(graph.sites[layer.site].cached for layer in graph.layers):
+            return "attention continues a key-value cache, in which every token keeps its place"
             return "it scores tokens by the class token's attention, and this model has no class token"
         if self.needs_class_token and any(graph.sites[layer.site].softcap is not None for layer in graph.layers):
             return "it scores tokens by the class token's attention, which it cannot yet read under a soft cap"

@@ -95,13 +95,13 @@ def _site(site: Site, layer: Layer | None) -> dict[str, Any]:
 
 
 def _mask(site: Site) -> str:
-    """What hides keys at a site: `full` for nothing, `causal + padding`, `window 64 before, 64 after`, `bias`..."""
+    """What hides keys at a site, `full` for nothing, and a cache: `causal + padding`, `window 64 before, 0 after`..."""
     mask = site.mask
     window = mask.kind
     if mask.window is not None:
         before, after = ("all" if size is None else size for size in mask.window)
         window = f"window {before} before, {after} after"
-    parts = [window, *["causal"] * site.hides_later, *["padding"] * mask.padded]
+    parts = [window, *["causal"] * site.hides_later, *["padding"] * mask.padded, *["cache"] * site.cached]
     return " + ".join(part for part in dict.fromkeys(parts) if part != "full") or "full"
 
 

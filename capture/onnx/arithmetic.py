@@ -169,7 +169,7 @@ def _castable(x: Array, dtype: torch.dtype) -> bool:
     if dtype.is_floating_point or dtype == torch.bool or not x.size:
         return True
     limits = torch.iinfo(dtype)
-    return bool(limits.min <= x.min() and x.max() <= limits.max)
+    return bool(limits.min <= x.min().item() and x.max().item() <= limits.max)
 
 
 @arithmetic("Where")

@@ -91,3 +91,26 @@ def test_an_input_with_a_default_is_no_input(tmp_path: Path) -> None:
     loaded = load_onnx(path)
     assert loaded.interface.inputs == ("x",)
     assert torch.equal(loaded.module(torch.zeros(2)), torch.tensor([1.0, 2.0]))
+
+
+def joined(tmp_path: Path, total: str) -> Loaded:
+    """past and new tokens joined, times a number for each; `total` is what the file calls how many they are."""
+    nodes = [node("Concat", "past new", "all", axis=1), node("Mul", "all weights", "y")]
+    inputs: dict[str, tuple[int, Shape | None]] = {
+        "new": (FLOAT, ["batch", "sequence"]),
+        "weights": (FLOAT, ["batch", total]),
+        "past": (FLOAT, ["batch", "past"]),
+    }
+    return load_onnx(file(tmp_path, nodes, inputs))
+
+
+@pytest.mark.parametrize("total", ["past + sequence", "past+2*sequence - sequence", "total", "s81"])
+def test_a_length_may_be_the_sum_of_others(tmp_path: Path, total: str) -> None:
+    loaded = joined(tmp_path, total)
+    assert [tuple(x.shape) for x in loaded.args] == [(2, 16), (2, 32), (2, 16)]
+    assert loaded.module(*loaded.args).shape == (2, 32)
+
+
+def test_a_formula_that_is_none_is_a_name(tmp_path: Path) -> None:
+    for name in ("past // 0 + sequence", "f(past)", "0 * past", "past +"):
+        assert [x.shape[1] for x in joined(tmp_path, name).args] == [16, 32, 16]  # found by trying
