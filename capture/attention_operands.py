@@ -7,6 +7,20 @@ from typing import Any
 from torch import fx
 
 from .nodes import MOVES, axis_order, op_of
+from .quantizers import rounding_of
+
+
+def ends_of(softmax: fx.Node) -> list[fx.Node]:
+    """The softmax, and what is made of it one after the other: guarded against NaN, rounded to integers."""
+    ends = [softmax]
+    while True:
+        end = guarded(ends[-1])
+        if end is ends[-1]:
+            rounded = rounding_of(end)
+            if rounded is None:
+                return ends
+            end = rounded
+        ends.append(end)
 
 
 def guarded(softmax: fx.Node) -> fx.Node:
@@ -37,12 +51,15 @@ def without_scale(node: Any) -> tuple[fx.Node, float]:
     return node, 1.0
 
 
-def keys_of(node: Any) -> tuple[fx.Node, bool, float]:
-    """(keys, whether they are still transposed, scale) from the right operand of the product."""
-    node, scale = without_scale(node)
+def keys_of(node: Any, *, scaled: bool = True) -> tuple[fx.Node, bool, float]:
+    """(keys, whether they are still transposed, scale) from the right operand of the product.
+
+    scaled  whether numbers that the keys are multiplied by are taken out of them, into the scale
+    """
+    node, scale = without_scale(node) if scaled else (node, 1.0)
     if not _is_transposed(node):
         return node, True, scale
-    inside, more = without_scale(node.args[0])
+    inside, more = without_scale(node.args[0]) if scaled else (node.args[0], 1.0)
     return inside, False, scale * more
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..kernels.attention import ATTENTION
+from ..kernels.quantized_attention import QUANTIZED_ATTENTION
 from .attention_match import Match, NearMiss, find_near_misses, match_attention
 from .nodes import new_node
 
@@ -24,7 +25,8 @@ def raise_attention(graph: fx.Graph) -> list[fx.Node]:
     cap (tanh); masks and biases added, filled in or selected; casts around the softmax, and zeros for rows without any
     key; `@ v`.  The probabilities must have no other use.  The node is scaled_dot_product_attention, or with a soft
     cap tamis.attention, with `scale` and `attn_mask` (additive, in q's dtype; boolean masks get the model's own
-    negative value, so that rows stay finite).
+    negative value, so that rows stay finite).  Where logits or probabilities are rounded to integers it is
+    tamis.quantized_attention.
 
     Returns the new nodes.  See `find_near_misses` for those that do not fit.
     """
@@ -46,7 +48,11 @@ def _emit(graph: fx.Graph, match: Match) -> fx.Node:
         if mask is not None and mask.meta["val"].dim() < 2:  # a bias [keys], the same for every query
             mask = new_node(match.out, aten.unsqueeze.default, (mask, 0))
         k = new_node(match.out, aten.transpose.int, (match.k, -2, -1)) if match.transposed else match.k
-        if match.softcap is None:
+        if match.rounded:
+            rounded = ([getattr(one.quantizer, part) for one in match.rounded] for part in ("scale", "zero"))
+            args = (match.q, k, match.v, None, mask, match.scale, False, *rounded, [one.place for one in match.rounded])
+            node = _named(match, QUANTIZED_ATTENTION.call, args, {})
+        elif match.softcap is None:
             kwargs = {"scale": match.scale} if mask is None else {"attn_mask": mask, "scale": match.scale}
             node = _named(match, aten.scaled_dot_product_attention.default, (match.q, k, match.v), kwargs)
         else:

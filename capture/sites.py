@@ -10,11 +10,17 @@ from torch.export import ExportedProgram
 
 from ..graph import Site, module_path, source_line
 from ..kernels.attention import ATTENTION
+from ..kernels.quantized_attention import QUANTIZED_ATTENTION
 from .masks import MaskReader
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 OWN = ATTENTION.call
-NAMES = {SDPA: {"mask": "attn_mask", "causal": "is_causal"}, OWN: {}}  # what the ops call the arguments of attention
+ROUNDED = QUANTIZED_ATTENTION.call
+NAMES = {
+    SDPA: {"mask": "attn_mask", "causal": "is_causal"},
+    OWN: {},
+    ROUNDED: {},
+}  # what the ops call the arguments of attention
 
 
 def find_sites(program: ExportedProgram) -> tuple[Site, ...]:

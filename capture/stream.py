@@ -12,6 +12,7 @@ from torch import fx
 from ..graph import Layer, Site
 from .closure import ancestors, descendants
 from .nodes import MOVES, RESHAPES, op_of
+from .quantizers import after_rounding, is_weight
 from .rotation import keys_before_rotation
 from .sizes import same
 from .streams import reached_in_place
@@ -124,7 +125,7 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             if not same(value.shape[0], q.meta["val"].shape[0]):
                 return f"its batch ({q.meta['val'].shape[0]}) is not the stream's ({value.shape[0]})"
             return Residual(node, outside[0], joined, cached)
-        if node.target in ADDS and inside and outside and outside[0].op != "placeholder":
+        if node.target in ADDS and inside and outside and not is_weight(outside[0]):
             joined = True
         below.add(node)
     return "its result is not added to a value it was computed from"
@@ -146,7 +147,7 @@ def _behind_cache(keys: fx.Node, tokens: Any) -> bool:
 
 def _is_bias(node: fx.Node) -> bool:
     """Whether a node is a weight of one axis, which several layers may share."""
-    return node.op == "placeholder" and node.meta["val"].dim() < 2
+    return is_weight(node) and node.meta["val"].dim() < 2
 
 
 def _side_role(by_name: dict[str, fx.Node], site: Site) -> str:
@@ -169,12 +170,12 @@ def _layer(index: int, site: Site, residual: Residual, post_norm: bool, order: d
 
 
 def _settled(add: fx.Node, post_norm: bool) -> fx.Node:
-    """The stream's state after an add: in a post-norm block, behind the norm."""
-    return (_only_norm(add) or add) if post_norm else add
+    """The stream's state after an add: in a post-norm block, behind the norm; where it is rounded, behind that."""
+    return after_rounding((_only_norm(add) or add) if post_norm else add)
 
 
 def _only_norm(add: fx.Node) -> fx.Node | None:
-    users = [user for user in add.users if user.target is not aten.sym_size.int]
+    users = [user for user in after_rounding(add).users if user.target is not aten.sym_size.int]
     return users[0] if len(users) == 1 and users[0].target in NORMS else None
 
 

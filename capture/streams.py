@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..kernels.dequantize_linear import DEQUANTIZE
+from ..kernels.quantize_linear import QUANTIZE
 from .sizes import same
 
 aten = torch.ops.aten
@@ -70,6 +72,12 @@ def _pointwise(node: fx.Node, known: dict[fx.Node, Places]) -> Places | None:
             offset = rank - argument.meta["val"].dim()
             found.add(Places(tuple(axis + offset for axis in known[argument].axes), known[argument].start))
     return found.pop() if len(found) == 1 else None
+
+
+@_rule(QUANTIZE.call, DEQUANTIZE.call)
+def _rounding(node: fx.Node, known: dict[fx.Node, Places]) -> Places | None:
+    """Every entry by itself."""
+    return known.get(node.all_input_nodes[0])
 
 
 @_rule(aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)

@@ -49,7 +49,9 @@ class Op:
     reference  the definition in torch: deterministic, float32 arithmetic, calls torch only; traceable by make_fx with
                symbolic shapes (no branch on data)
     fake       shape rule: same arguments, empty results
-    onnx       same arguments -> OnnxCall; None for an op that only lowering for a GPU makes
+    onnx       same arguments -> OnnxCall; None where `parts` is what ONNX files get, or only lowering for GPUs makes it
+    parts      the definition in other ops of ours
+    captured   whether models hold it before any pass has run
     flops      same arguments (tensors as shapes) -> floating point operations, multiply and add counted as two
     samples    argument tuples that the generic tests run: reference, fake, ONNX, and later Triton, must agree on them
     triton     module of `tamis.kernels.triton` that has its kernels; None where the reference is inlined on GPUs too
@@ -63,6 +65,8 @@ class Op:
     flops: Callable[..., int]
     samples: Callable[[], Iterable[tuple[Any, ...]]]
     triton: str | None = None
+    parts: Callable[..., Any] | None = None
+    captured: bool = False
 
     @property
     def qualified(self) -> str:

@@ -6,10 +6,15 @@ if __name__ == "tamis.kernels":
     from . import attention_lse as attention_lse
     from . import attention_statistics as attention_statistics
     from . import bipartite_match as bipartite_match
+    from . import dequantize_linear as dequantize_linear
+    from . import dynamic_quantize_linear as dynamic_quantize_linear
     from . import hash_scores as hash_scores
+    from . import matmul_integer as matmul_integer
     from . import merge_tokens as merge_tokens
     from . import order_slots as order_slots
     from . import reduce_tokens as reduce_tokens
+    from . import quantize_linear as quantize_linear
+    from . import quantized_attention as quantized_attention
     from . import restore_tokens as restore_tokens
     from . import select_tokens as select_tokens
     from . import token_count as token_count

@@ -67,10 +67,14 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, bias: MaybeTensor, scale: float, so
     logits = torch.tanh(grouped_logits(q, k, scale) / softcap) * softcap
     if bias is not None:
         logits = (logits + bias.to(logits.dtype)).clamp(min=torch.finfo(logits.dtype).min)
-    weights = logits.softmax(-1)
+    return grouped_mix(logits.softmax(-1), v, q)
+
+
+def grouped_mix(weights: Tensor, v: Tensor, like: Tensor) -> Tensor:
+    """Probabilities [B, H, N, M] times v [B, Hk, M, Dv], in `like`'s type; query heads share value heads."""
     batch, heads, rows, keys = weights.shape
     grouped = weights.reshape(batch, v.shape[1], heads // v.shape[1] * rows, keys)
-    return (grouped @ v.to(weights.dtype)).reshape(batch, heads, rows, v.shape[3]).to(q.dtype)
+    return (grouped @ v.to(weights.dtype)).reshape(batch, heads, rows, v.shape[3]).to(like.dtype)
 
 
 def grouped_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -49,7 +49,7 @@ def export_onnx(
     """Write the program to `path`, whole or not at all, and return the path.
 
     inline         put the bodies of the functions in place of their calls
-    opset          version of the standard operators, 18 or newer
+    opset          version of the standard operators, 18 or newer; a newer one is taken where operators need it
     metadata       key-value pairs for the file (the recipe)
     input_names    default: the names of the arguments;  output_names  default: paths in the result
     dimensions     names of the program's symbols, over those found: batch, sequence
@@ -79,14 +79,14 @@ def export_onnx(
 
 def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool) -> ir.Model:
     """The program as an ONNX model in memory; `path` is what errors call it."""
-    symbolic, functions = symbolic_program(program)
+    symbolic, calls = symbolic_program(program)
     try:
         # under gradients torch chooses another kernel for attention with a learned bias, and with it other strides
         with torch.no_grad(), _quiet():
             exported = torch.onnx.export(
                 symbolic,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=max(opset, calls.version),
                 optimize=True,
                 verbose=False,
                 custom_translation_table=translations(),
@@ -98,7 +98,7 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
     except Exception as error:
         hint = "the node named has no ONNX form; a pass cannot change that, another opset may."
         raise ExportFailed(path=path, kind="ONNX", reason=_innermost(error), hint=hint) from error
-    add_functions(model, functions)
+    add_functions(model, calls.functions)
     if inline:
         model = optimize(InlinePass()(model).model)
         model.opset_imports.pop(NAMESPACE, None)

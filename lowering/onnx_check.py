@@ -27,6 +27,7 @@ def check_onnx(
     *,
     compared: Compared = lambda inputs, place, value: value,
     shown: str | None = None,
+    as_written: bool = False,
 ) -> float:
     """Run the file at each of the inputs and return the largest relative L2 difference of any output.
 
@@ -34,6 +35,7 @@ def check_onnx(
     inputs     (args, kwargs) pairs, or plain tuples of arguments; sizes other than the example's are what this is for
     compared   what of an output is held against what: from one of the inputs, the output's place and its value
     shown      what errors call the file
+    as_written ONNX Runtime fuses nothing: where values are rounded to integers its fusions round elsewhere
 
     Integer and boolean outputs must be equal.
 
@@ -43,7 +45,7 @@ def check_onnx(
         BackendMismatch: an output differs by more than the budget, or in shape.
     """
     name = shown or str(path)
-    session = open_session(path, name, packed=False)
+    session = open_session(path, name, packed=False, as_written=as_written)
     call = reference.module() if isinstance(reference, torch.export.ExportedProgram) else reference
     worst = 0.0
     for one in inputs:
@@ -62,10 +64,13 @@ def check_onnx(
     return worst
 
 
-def open_session(path: str | os.PathLike[str], shown: str, *, threads: int = 0, packed: bool = True) -> Any:
+def open_session(
+    path: str | os.PathLike[str], shown: str, *, threads: int = 0, packed: bool = True, as_written: bool = False
+) -> Any:
     """The file in ONNX Runtime on the CPU; `shown` is what errors call it, threads=0 leaves them to ONNX Runtime.
 
-    packed=False leaves weights as they are in the file: loading is faster and takes less memory, running is slower.
+    packed=False leaves weights as they are in the file: loading is faster and takes less memory, running is slower;
+    as_written=True fuses nothing.
 
     Raises:
         MissingDependency, BackendCannotRun.
@@ -79,6 +84,8 @@ def open_session(path: str | os.PathLike[str], shown: str, *, threads: int = 0, 
     options.intra_op_num_threads = threads
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with _explained(path, shown):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -9,6 +9,7 @@ A count is the exception: the exporter takes no SymInt from such a node, so its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add, mul
 from typing import Any
@@ -24,38 +25,62 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from ..capture.program import copied, rebuild
 from ..errors import ExportFailed
-from ..op import NAMESPACE, OPS, Op
+from ..op import NAMESPACE, OPS, OnnxCall, Op
 from .splice import Splicer, fake_mode_of, op_of
 
 Functions = dict[str, OnnxFunction]
 
 
-def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Functions]:
-    """The program with symbolic ONNX nodes for its tamis ops, and the functions those call, by name."""
-    functions: Functions = {}
+@dataclass
+class Calls:
+    """What the nodes made for tamis ops call.
+
+    functions  by name
+    version    of the standard operators that they need
+    """
+
+    functions: Functions = field(default_factory=dict)
+    version: int = 0
+
+    def add(self, call: OnnxCall) -> None:
+        """Note one call."""
+        self.version = max(self.version, call.since)
+        if call.domain:
+            self.functions[call.name] = call.function
+
+
+def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Calls]:
+    """The program with symbolic ONNX nodes for its tamis ops, and what those call."""
+    calls = Calls()
     module = copied(program)
     splicer = Splicer(fake_mode_of(module.graph))
     for node in list(module.graph.nodes):
         op = op_of(node)
+        if op is not None and op.parts is not None:
+            splicer.splice(node, op.parts)
+    for node in list(module.graph.nodes):
+        op = op_of(node)
         if op is not None and op.name != "token_count":
-            splicer.splice(node, _caller(op, functions))
+            splicer.splice(node, _caller(op, calls))
     module.graph.eliminate_dead_code()
     module.recompile()
-    return rebuild(program, module), functions
+    return rebuild(program, module), calls
 
 
-def _caller(op: Op, functions: Functions) -> Callable[..., Any]:
+def _caller(op: Op, calls: Calls) -> Callable[..., Any]:
+    assert op.onnx is not None
+
     def call(*args: Any, **kwargs: Any) -> Any:
         made = op.onnx(*args, **kwargs)
-        functions[made.function.name] = made.function
+        calls.add(made)
         several, dtypes, shapes = _results(op, args, kwargs)
         outputs = torch.onnx.ops.symbolic_multi_out(
-            f"{NAMESPACE}::{made.function.name}",
+            f"{made.domain}::{made.name}",
             [_as_tensor(value) for value in made.inputs],
             made.attributes,
             dtypes=dtypes,
             shapes=shapes,
-            version=1,
+            version=1 if made.domain else None,
         )
         return tuple(outputs) if several else outputs[0]
 
@@ -71,7 +96,7 @@ def _results(op: Op, args: Any, kwargs: Any) -> tuple[bool, list[torch.dtype], l
     known = _known_sizes(args, kwargs)
     with disable_proxy_modes_tracing():
         results = op.fake(*args, **kwargs)
-        if not _symbols(results) <= known.keys():
+        if not all(one in known or one.free_symbols <= known.keys() for one in _expressions(results)):
             results = op.reference(*args, **kwargs)
     several = isinstance(results, list | tuple)
     tensors = results if several else [results]
@@ -79,16 +104,15 @@ def _results(op: Op, args: Any, kwargs: Any) -> tuple[bool, list[torch.dtype], l
 
 
 def _known_sizes(args: Any, kwargs: Any) -> dict[Any, Any]:
-    """The arguments' sizes by symbol."""
+    """The arguments' sizes by symbol or expression."""
     values = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor | torch.SymInt)]
     sizes = [size for one in values for size in getattr(one, "shape", (one,)) if isinstance(size, torch.SymInt)]
-    return {size.node.expr: size for size in sizes if size.node.expr.is_symbol}
+    return {size.node.expr: size for size in sizes}
 
 
-def _symbols(results: Any) -> set[Any]:
+def _expressions(results: Any) -> list[Any]:
     tensors = results if isinstance(results, list | tuple) else [results]
-    sizes = [size for one in tensors for size in one.shape if isinstance(size, torch.SymInt)]
-    return set().union(*(size.node.expr.free_symbols for size in sizes))
+    return [size.node.expr for one in tensors for size in one.shape if isinstance(size, torch.SymInt)]
 
 
 def _traced(size: Any, known: dict[Any, Any]) -> Any:

@@ -14,6 +14,7 @@ from .token_axes import Axes, NeedsFullLength
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 ATTENTION = torch.ops.tamis.attention.default
+ROUNDED = torch.ops.tamis.quantized_attention.default
 
 
 def attend(call: Call, site: Site) -> Answer:
@@ -31,6 +32,8 @@ def attend(call: Call, site: Site) -> Answer:
     bias = call.state.key_bias() if k_axes is not None else None
     mask = _live_mask(call, site.mask, q_axes, k_axes)
     answer = q_axes
+    if call.node.target is ROUNDED:
+        return ROUNDED(q, k, v, bias, mask, site.scale, causal, *call.args[7:]), answer
     if bias is None and site.softcap is None:
         kwargs: dict[str, Any] = {} if site_uses_default_scale(site) else {"scale": site.scale}
         if causal:

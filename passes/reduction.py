@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from ..counts import ALL, CountRule, Term, at_most, keep_at_least
 from ..errors import BadParameter
 from ..graph import TokenGraph
+from ..op import OPS
 from ..rewrite import Options, Pass, Result
 from ..schedule import Schedule
 from ..tokens import Plan, Tokens
@@ -119,8 +120,8 @@ class TokenReduction(Pass):
     def why_not(self, graph: TokenGraph) -> str:
         """Why this method cannot run on the graph; "" when it can."""
         captured = {site.node for site in graph.sites}
-        ours = (node for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "tamis")
-        if any(node.name not in captured for node in ours):
+        reductions = {op.call for op in OPS.values() if not op.captured}
+        if any(node.target in reductions and node.name not in captured for node in graph.graph.nodes):
             return "the model was reduced before; put all passes in one recipe for the original, where they compose"
         if not graph.layers:
             return "no token stream was found"

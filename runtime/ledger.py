@@ -15,7 +15,7 @@ from ..report import LayerRow
 from ..rewrite import Outcome
 from .inputs import Call, size_at, symbols_of
 
-ATTENTION = ("scaled_dot_product_attention", "tamis.attention")
+ATTENTION = ("scaled_dot_product_attention", "tamis.attention", "tamis.quantized_attention")
 
 
 def ledger(graph: TokenGraph, outcomes: Sequence[Outcome], call: Call) -> tuple[LayerRow, ...]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .compiled import CompiledModel
 
 BUDGETS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative L2, ONNX Runtime against torch
+ROUNDED = 5e-3  # where values are rounded to integers: a difference in the last bit may move one by a step
 
 
 def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
@@ -132,6 +133,8 @@ def is_quantised(program: Any) -> bool:
 
 def budget_of(program: Any) -> float:
     """Relative L2 difference between ONNX Runtime and torch that rounding explains, by the coarsest weight dtype."""
+    if is_quantised(program):
+        return ROUNDED
     dtypes = {tensor.dtype for tensor in program.state_dict.values()}
     return max([BUDGETS[dtype] for dtype in dtypes if dtype in BUDGETS], default=BUDGETS[torch.float32])
 

@@ -58,6 +58,11 @@ class Entry:
         parameter = self._at(place)
         return parameter is not None and kind_of(parameter) in BY_VALUE
 
+    def by_tensor(self, place: int) -> bool:
+        """Whether the input at a place is taken as a tensor, were it a number or not."""
+        parameter = self._at(place)
+        return parameter is not None and kind_of(parameter) == "Tensor"
+
     def _at(self, place: int) -> inspect.Parameter | None:
         if place < len(self.positional):
             return self.positional[place]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from ..token_axes import Axes, NeedsFullLength
@@ -59,6 +60,17 @@ def matmul(call: Call) -> Answer:
         raise NeedsFullLength("tokens are a batch axis of a product with another tensor")
     batch = None if found.batch is None else found.batch + rank - (a if found is left else b).dim()
     return call.run(a, b), replace(found, dims=tuple(sorted(dims)), batch=batch)
+
+
+@rule(torch.ops.tamis.matmul_integer.default)
+def matmul_integer(call: Call) -> Answer:
+    """Tokens among the rows of the left, with one zero point for all of them, and weights on the right."""
+    _untouched(call.only, {call.args[0].dim() - 1})
+    if any(call.axes(i) is not None for i in range(1, len(call.args))):
+        raise NeedsFullLength("its weights have a token axis")
+    if len(call.args) > 2 and call.args[2] is not None and call.args[2].numel() != 1:
+        raise NeedsFullLength("its zero point is another one for every token")
+    return call.run(), call.only
 
 
 @rule(aten.addmm.default)

@@ -53,6 +53,23 @@ def as_other(call: Call) -> Answer:
     return call.run(), call.axes(0)
 
 
+@rule(torch.ops.tamis.quantize_linear.default, torch.ops.tamis.dequantize_linear.default)
+def rounding(call: Call) -> Answer:
+    """Every entry by itself, with a scale that is one number or lies along an axis that holds no tokens."""
+    scale, axis = call.args[1], call.args[3] % max(call.args[0].dim(), 1)
+    if call.args[4] or any(call.axes(i) is not None for i in (1, 2)):
+        raise NeedsFullLength("its scale has a token axis")
+    if scale.numel() != 1 and axis in call.only.dims:
+        raise NeedsFullLength("its scale is another one for every token")
+    return call.run(), call.only
+
+
+@rule(torch.ops.tamis.dynamic_quantize_linear.default)
+def dynamic_rounding(call: Call) -> Answer:
+    """The range is that of what is there: of fewer tokens another one."""
+    return call.run(), (call.only, None, None)
+
+
 def pointwise(call: Call) -> Answer:
     """Align all tensors from the right; every token axis of any becomes one of the result."""
     nodes = [

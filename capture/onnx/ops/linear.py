@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....kernels.matmul_integer import MATMUL_INTEGER
 from ..table import Unsupported, op
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -26,13 +27,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 @op("MatMulInteger", since=10)
 def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
     """The product of int8 or uint8 matrices less their zero points, in int32; zero points per row of a, column of b."""
-    wide_a = a.to(torch.int32) if a_zero is None else a.to(torch.int32) - _per_row(a_zero.to(torch.int32))
-    wide_b = b.to(torch.int32) if b_zero is None else b.to(torch.int32) - b_zero.to(torch.int32)
-    return torch.matmul(wide_a, wide_b)
-
-
-def _per_row(zero: Tensor) -> Tensor:
-    return zero.unsqueeze(-1) if zero.ndim == 1 and zero.shape[0] != 1 else zero
+    return MATMUL_INTEGER.call(a, b, a_zero, b_zero)
 
 
 @op("Gemm")
