@@ -32,7 +32,7 @@ from onnxscript import script
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..counts import HALF, CountRule, at_most
+from ..counts import HALF, CountRule, at_most, keep_at_least
 from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS, rule_inputs
@@ -267,10 +267,31 @@ def samples() -> Iterator[tuple[Any, ...]]:
         real = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
         for valid in (torch.arange(tokens) < real, torch.arange(tokens) >= tokens - real):
             yield metric, valid, rule.out(tokens), prefix, rule.flat()
+    yield from _awkward_samples(generator)
     for tokens, prefix in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2), (4, 2)]:
         metric, rule = torch.randn(2, tokens, 8, generator=generator), CountRule(prefix, (at_most(5), HALF))
         yield metric, None, rule.out(tokens), prefix, rule.flat()
         yield metric, torch.ones(2, tokens, dtype=torch.bool), rule.out(tokens), prefix, rule.flat()
+
+
+def _awkward_samples(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    """More tokens and features than a tile has, ties (similarities are exact), no direction, half precision."""
+    long = torch.randn(2, 71, 17, generator=generator)
+    tied = torch.eye(4)[torch.randint(0, 4, (3, 37), generator=generator)]
+    lost = torch.randn(2, 37, 5, generator=generator)
+    lost[:, 3], lost[:, 8], lost[0, 14, 2], lost[1, 21, 0] = 0.0, torch.inf, torch.nan, -torch.inf
+    half = torch.randn(2, 41, 16, generator=generator).half()
+    for metric, prefix, terms in [
+        (long, 2, (at_most(20), HALF)),
+        (tied, 1, (at_most(9), HALF)),
+        (tied, 0, (at_most(9), HALF)),
+        (lost, 0, (keep_at_least(0.7), HALF)),
+        (half, 1, (keep_at_least(0.6), HALF)),
+    ]:
+        rule, tokens = CountRule(prefix, terms), metric.shape[1]
+        yield metric, None, rule.out(tokens), prefix, rule.flat()
+        valid = torch.rand(metric.shape[:2], generator=generator) < 0.8
+        yield metric, valid, rule.out(tokens), prefix, rule.flat()
 
 
 BIPARTITE_MATCH = define_op(
@@ -283,6 +304,6 @@ BIPARTITE_MATCH = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="match",
     )
 )
