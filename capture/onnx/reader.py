@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import CorruptModel, ModelNotFound
 from ...onnx_errors import MalformedGraph
+from .packed import unpack_weights
 from .tensors import as_torch
 from .wellformed import check_model
 from .wire import skeleton
@@ -76,6 +77,7 @@ def from_proto(model: onnx.ModelProto, path: str, folder: Path) -> OnnxFile:
             assert value.const_value is not None
             weights[value] = as_torch(value.const_value, folder)
             value.const_value = None  # what holds the file's bytes is let go
+    unpack_weights(list(read.graphs()), weights)
     return OnnxFile(path, read.graph, weights, dict(read.metadata_props))
 
 
