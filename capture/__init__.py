@@ -17,6 +17,7 @@ def capture(
     *,
     dynamic_shapes: Any = "auto",
     name: str | None = None,
+    any_model: bool = False,
 ) -> "TokenGraph":
     """Capture a model: its exported program in canonical form, with attention sites, token stream and cut points.
 
@@ -26,6 +27,7 @@ def capture(
         args, kwargs: example inputs; batch and, for token ids, length become dynamic.  A batch-1 example works.
         dynamic_shapes: "auto" (an ONNX file's own dynamic dimensions), or as in `torch.export.export`.
         name: what to call the model in reports.
+        any_model: accept a model without tokens to reduce; its graph has no layers.
 
     Raises:
         NoAttention, WindowedAttention, NoTokenStream: nothing here has tokens to reduce.
@@ -48,4 +50,5 @@ def capture(
         program = as_prefill(program, name)
         shapes = source.axes if source.axes is not None and dynamic_shapes == "auto" else dynamic_shapes
         program = export_module(program, source.args, source.kwargs, dynamic_shapes=shapes, name=name)
-    return replace(without_tables(analyse(canonicalise(program), name)), interface=source.interface)
+    graph = analyse(canonicalise(program), name, any_model=any_model)
+    return replace(without_tables(graph), interface=source.interface)

@@ -24,21 +24,20 @@ aten = torch.ops.aten
 REGROUPS = (aten.view.default, aten.reshape.default, aten.permute.default, aten.flatten.using_ints)
 
 
-def analyse(program: ExportedProgram, name: str = "model") -> TokenGraph:
+def analyse(program: ExportedProgram, name: str = "model", *, any_model: bool = False) -> TokenGraph:
     """Sites, stream, cut points, prefix tokens and grid of a canonical program.
 
-    Raises:
+    Raises, unless it may be `any_model`:
         NoAttention, UnknownAttention: there is no attention at all, or none that was recognised.
         WindowedAttention: attention runs inside windows of a regrouped batch (Swin).
         NoTokenStream: no stream of tokens [B, N, C] runs through the attention sites.
     """
-    sites = find_sites(program)
-    if not sites:
-        raise _why_no_attention(program, name)
-    sites, layers = find_layers(program.graph, sites)
+    sites, layers = find_layers(program.graph, find_sites(program))
     graph = TokenGraph(program, sites, layers, name=name, source_hash=structure_hash(program))
+    if not layers and not any_model:
+        raise _why_no_stream(graph) if sites else _why_no_attention(program, name)
     if not layers:
-        raise _why_no_stream(graph)
+        return graph
     start, end = (
         _node(graph, layers[0].before_attention),
         _node(graph, layers[-1].after_block or layers[-1].after_attention),
@@ -76,20 +75,24 @@ def _node(graph: TokenGraph, name: str | None) -> fx.Node:
     return graph.node(name)
 
 
+def near_misses(program: ExportedProgram) -> list[dict[str, str]]:
+    """Softmaxes that look like attention and are none: where (`node`) and why (`reason`), the furthest first."""
+    by_name = {node.name: node for node in program.graph.nodes}
+    found = sorted(find_near_misses(program.graph), key=lambda one: -one.step)
+    return [{"node": _told(by_name[one.node]), "reason": one.reason} for one in found]
+
+
+def _told(node: fx.Node) -> str:
+    """Where a node is in the user's model: its module, and the line or the ONNX node."""
+    source = source_line(node)
+    return (module_path(node) or node.name) + (f" ({source})" if source else "")
+
+
 def _why_no_attention(program: ExportedProgram, name: str) -> TamisError:
-    misses = find_near_misses(program.graph)
+    misses = near_misses(program)
     if not misses:
         return NoAttention(model=name, looked_for="scaled_dot_product_attention, or matmul-softmax-matmul")
-    furthest = max(misses)
-    node = next(n for n in program.graph.nodes if n.name == furthest.node)
-    source = source_line(node)
-    return UnknownAttention(
-        model=name,
-        count=len(misses),
-        node=module_path(node) or node.name,
-        where=f" ({source})" if source else "",
-        reason=furthest.reason,
-    )
+    return UnknownAttention(model=name, count=len(misses), **misses[0])
 
 
 def _why_no_stream(graph: TokenGraph) -> TamisError:

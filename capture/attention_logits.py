@@ -16,6 +16,7 @@ Mask = tuple[str, Any, Any]  # ("add", None, bias) or ("fill" / "keep", conditio
 
 MATMULS = {"aten.matmul", "aten.bmm"}
 PRODUCTS = {*MATMULS, "aten.baddbmm"}  # of queries and keys
+FACTORS = {"aten.mul", "aten.div"}
 HIDDEN = -1e4  # what half-precision models use; the softmax of anything below is zero
 PASSED_ON = {"aten.to", "aten._to_copy", "aten.type_as", "aten.clone", "aten.contiguous"}
 
@@ -79,12 +80,20 @@ def read_logits(node: Any) -> Logits:
             node = quantizer.inside
         elif op_of(node) == "aten.tanh" and found.softcap is None and found.scale > 0:
             found.softcap, found.scale, scaled, node = found.scale, 1.0, "", node.args[0]
+        elif op_of(node) in FACTORS and (other := _other_factor(node)) is not None:
+            raise NearMiss(3, f"the logits are scaled by {name_of(other)}, which is not a number (at {node.name})")
         else:
             raise NearMiss(3, f"{name_of(node)} stands between the product of queries and keys and the softmax")
     _add_inside_product(found, node, scaled)
     found.product, found.scale = node, found.scale * (found.softcap or 1.0)
     found.rounded = sorted((_placed(found, *one) for one in seen), key=lambda one: one.place)
     return found
+
+
+def _other_factor(node: fx.Node) -> Any:
+    """What the logits are multiplied with or divided by; None where no side leads to the product."""
+    left, right = node.args[:2]
+    return right if _leads_to_product(left) else left if _leads_to_product(right) else None
 
 
 def _add_inside_product(found: Logits, node: fx.Node, scaled: str) -> None:

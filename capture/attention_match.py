@@ -11,7 +11,7 @@ from ..kernels.quantized_attention import PROBABILITIES
 from .attention_logits import MATMULS, PASSED_ON, Mask, NearMiss, Rounding, read_logits
 from .attention_operands import ends_of, keys_of, without_scale
 from .folded import NotFolded, Unfolder
-from .nodes import RESHAPES, op_of, same_shape
+from .nodes import MOVES, RESHAPES, op_of, same_shape
 from .quantizers import quantizer_of
 
 SOFTMAXES = {"aten.softmax", "aten._softmax", "aten.special_softmax"}
@@ -53,6 +53,7 @@ def match_attention(softmax: fx.Node) -> Match | None:
     probabilities = ends[-1]
     out = _product(probabilities)
     if out is None:
+        _require_nothing_like_it(probabilities)
         return None
     dims = _value(softmax).ndim
     if softmax.args[1] not in (-1, dims - 1):
@@ -103,6 +104,20 @@ def _product(softmax: fx.Node) -> fx.Node | None:
         if op_of(user) in PASSED_ON | RESHAPES and user.args[0] is softmax:
             return _product(user)
     return None
+
+
+def _require_nothing_like_it(softmax: fx.Node) -> None:
+    """Raise NearMiss where the probabilities meet other values than in a product with them on its left."""
+    if _value(softmax).ndim < 3:
+        return
+    for user in softmax.users:
+        if op_of(user) in MATMULS and user.args[1] is softmax:
+            where = f"on the right of their product (at {user.name})"
+            raise NearMiss(0, f"the probabilities are {where}, not in front of the values")
+        if op_of(user) == "aten.einsum":
+            raise NearMiss(0, f"the values are mixed by aten.einsum (at {user.name}), not by a product")
+        if op_of(user) in PASSED_ON | RESHAPES | MOVES | {"aten.mT"} and user.args[0] is softmax:
+            _require_nothing_like_it(user)
 
 
 def _require_unused(softmax: fx.Node, out: fx.Node) -> None:

@@ -141,10 +141,11 @@ class NoAttention(TamisError):
 
 class UnknownAttention(TamisError):
     template = (
-        "{model}: {count} softmax(es) look like attention, but none is any that tamis knows: at {node}{where}, "
+        "{model}: {count} softmax(es) look like attention, but none is any that tamis knows: at {node}, "
         "{reason}.\n"
         "  hint: tamis knows softmax(q k^T * scale + mask) v; attention that does more to its logits is not supported."
     )
+    exit_code = 2
 
 
 class NoTokenStream(TamisError):

@@ -117,20 +117,28 @@ class Interface:
     """How a model's file calls what goes in and out, where that is not what the program calls it.
 
     inputs, outputs  names in order
-    dimensions       per input, (axis, name) of its dynamic dimensions
+    dimensions       per input, (axis, name) of its dynamic dimensions; "" for one without a name
+    results          the same per output
     metadata         what the file says of itself: key-value pairs
     """
 
     inputs: tuple[str, ...]
+    weights          the file's name of every weight that the program calls something else
     outputs: tuple[str, ...]
     dimensions: tuple[tuple[tuple[int, str], ...], ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Interface:
+    weights: dict[str, str] = field(default_factory=dict)
+    results: tuple[tuple[tuple[int, str], ...], ...] = ()
         """From what `dataclasses.asdict` made, through JSON or not."""
-        dimensions = tuple(tuple((axis, name) for axis, name in one) for one in values["dimensions"])
-        return Interface(tuple(values["inputs"]), tuple(values["outputs"]), dimensions, dict(values["metadata"]))
+        dimensions, results = (
+            tuple(tuple((axis, name) for axis, name in one) for one in values.get(key, ()))
+            for key in ("dimensions", "results")
+        )
+        metadata, weights = (dict(values.get(key, {})) for key in ("metadata", "weights"))
+        return Interface(tuple(values["inputs"]), tuple(values["outputs"]), dimensions, metadata, weights, results)
 
 
 @dataclass(frozen=True)

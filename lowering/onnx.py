@@ -43,6 +43,8 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     dimensions: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    weight_names: Mapping[str, str] | None = None,
+    results: Sequence[Sequence[tuple[int, str]]] = (),
     external_over: int = LIMIT,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -52,7 +54,8 @@ def export_onnx(
     opset          version of the standard operators, 18 or newer; a newer one is taken where operators need it
     metadata       key-value pairs for the file (the recipe)
     input_names    default: the names of the arguments;  output_names  default: paths in the result
-    dimensions     names of the program's symbols, over those found: batch, sequence
+    dimensions     names of the program's symbols, over those found: batch, sequence;  "": without a name
+    weight_names   other names for weights;  results  (axis, name) of dynamic dimensions per output, as `dimensions`
     external_over  bytes of weights from which on they go to `NAME.onnx.data`
     check          called with the finished file before it is moved into place; if it raises, nothing is kept
 
@@ -65,7 +68,9 @@ def export_onnx(
     refuse_mean_scatter(program.graph, str(path))
     model = onnx_model(program, str(path), opset=opset, inline=inline)
     _name_all(model, program, input_names, output_names, dimensions)
+    names.rename_weights(model, weight_names or {})
     model.producer_name, model.producer_version = "tamis", __version__
+    names.rename_results(model, results)
     model.metadata_props.update(metadata or {})
 
     def checked(draft: Path) -> None:

@@ -75,8 +75,10 @@ def file_names(program: ExportedProgram, interface: Interface | None, *, token_m
     dimensions: dict[str, str] = {}
     for node, named in zip(nodes, interface.dimensions, strict=True):
         for axis, name in named:
-            dimensions.setdefault(str(node.meta["val"].shape[axis]), name)
-    return {"input_names": interface.inputs, "output_names": outputs, "dimensions": dimensions}
+            symbol = str(node.meta["val"].shape[axis])
+            dimensions[symbol] = dimensions.get(symbol) or name
+    found = {"input_names": interface.inputs, "output_names": outputs, "dimensions": dimensions}
+    return {**found, "weight_names": interface.weights, "results": interface.results}
 
 
 def dimension_names(program: ExportedProgram) -> dict[str, str]:
@@ -100,9 +102,12 @@ def dimension_names(program: ExportedProgram) -> dict[str, str]:
 def rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
     """Replace symbols by names in every shape of the model's graph, also inside expressions such as `197*s77`.
 
-    Symbols without a name are token counts: `tokens_1`, `tokens_2`... in the order of the graph.
+    Symbols of which nothing is said are token counts: `tokens_1`, `tokens_2`... in the order of the graph.  Where a
+    name is "", dimensions that follow from it have none.
     """
     known = dict(names)
+    hidden_symbols = [re.escape(one) for one in names if not names[one]]
+    nameless = re.compile(rf"\b({'|'.join(hidden_symbols)})\b") if hidden_symbols else None
 
     def name(word: re.Match[str]) -> str:
         symbol = word[0]
@@ -113,7 +118,24 @@ def rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
     for value in _values(model.graph):
         for axis, size in enumerate(value.shape or ()):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[axis] = ir.SymbolicDim(re.sub(r"\b[A-Za-z_]\w*\b", name, size.value))  # type: ignore[index]
+                hidden = nameless and nameless.search(size.value)
+                shown = None if hidden else re.sub(r"\b[A-Za-z_]\w*\b", name, size.value)
+                value.shape[axis] = ir.SymbolicDim(shown)  # type: ignore[index]
+
+
+def rename_results(model: ir.Model, results: Sequence[Sequence[tuple[int, str]]]) -> None:
+    """Give dynamic dimensions of outputs, other than counts of tokens, their names in the model's own file."""
+    for value, named in zip(model.graph.outputs, results, strict=False):
+        for axis, name in named:
+            size = value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
+            if isinstance(size, ir.SymbolicDim) and not re.search(r"\btokens_\d+\b", size.value or ""):
+                value.shape[axis] = ir.SymbolicDim(name or None)  # type: ignore[index]
+
+
+def rename_weights(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Give weights their names in the model's own file."""
+    found = [(value, names[key]) for key, value in model.graph.initializers.items() if key in names]
+    rename_values(model, [value for value, _ in found], [name for _, name in found])
 
 
 def rename_values(model: ir.Model, values: Sequence[ir.Value], names: Sequence[str]) -> None:

@@ -65,7 +65,7 @@ def compile(
     recipe = recipe if isinstance(recipe, Recipe | None) else Recipe.read(recipe)
     options = Options(target, mode, restore, token_map, allow_noop).over(recipe)
     pipeline = options.checked(passes, recipe, path)
-    prepared = prepare(model, args, kwargs, dynamic_shapes)
+    prepared = prepare(model, args, kwargs, dynamic_shapes, any_model=not pipeline.passes)
     prepared = held_to(recipe, path, prepared, pipeline)
     return build(prepared, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
 
@@ -104,15 +104,20 @@ def prepare(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = "auto",
     step: Step = lambda text: None,
+    *,
+    any_model: bool = False,
 ) -> Prepared:
-    """Load and capture a model; raises what these do, and ExampleInputsMissing."""
+    """Load and capture a model; raises what these do, and ExampleInputsMissing.
+
+    any_model  accept one without tokens to reduce
+    """
     from ..capture import capture
     from ..capture.sources import resolve
 
     args = args if isinstance(args, tuple | list | Mapping) else (args,)
     source = resolve(model, args, kwargs)
     step(f"capturing {source.name}")
-    graph = capture(source, dynamic_shapes=dynamic_shapes, name=source.name)
+    graph = capture(source, dynamic_shapes=dynamic_shapes, name=source.name, any_model=any_model)
     call = example_call(graph.program, source.args, source.kwargs)
     if call is None:
         hint = "pass them as args=(tensor, ...), or save the program with its example inputs."

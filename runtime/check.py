@@ -35,8 +35,11 @@ def check_model(graph: TokenGraph, call: Call, step: Step = lambda text: None) -
     """Sites, stream, and for every registered pass where it would apply and where not and why.  Writes nothing.
 
     A pass is tried with its default parameters, or r=1, or keep_ratio=0.9, whichever it accepts first.  Its `places`
-    say of every attention site of the model what the pass would do there.
+    say of every attention site of the model what the pass would do there.  Its `near_misses` are softmaxes that look
+    like attention that is none of its sites, with what was not as it should be.
     """
+    from ..capture.analysis import near_misses
+
     layer_of = {layer.site: layer for layer in graph.layers}
     checked = []
     for name, cls in registered_passes().items():
@@ -47,6 +50,7 @@ def check_model(graph: TokenGraph, call: Call, step: Step = lambda text: None) -
         "source_hash": graph.source_hash,
         "summary": _summary(graph),
         "refused": "",
+        "near_misses": near_misses(graph.program),
         "inputs": describe(graph.program, call),
         "prefix": graph.prefix,
         "class_token": graph.class_token,
@@ -61,6 +65,7 @@ def refused_model(name: str, error: TamisError) -> dict[str, Any]:
     reason = "the model has no stream of tokens to reduce"
     passes = [{**_answer(one), "reason": reason} for one in registered_passes()]
     known = {"source_hash": "", "inputs": {}, "prefix": 0, "class_token": False, "grid": None, "sites": []}
+    known["near_misses"] = []
     summary = "no pass applies"
     return {"name": name, "summary": summary, "refused": str(error), **known, "passes": passes}
 

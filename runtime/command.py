@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DriftTooLarge, NoAttention, NoTokenStream, SlowerThanOriginal
+from ..errors import DriftTooLarge, NoAttention, NoTokenStream, SlowerThanOriginal, UnknownAttention
 from ..plugins import load_plugin
 from ..report import Benchmark
 from .api import build, held_to, prepare
@@ -66,7 +66,7 @@ def _check(request: Request, step: Progress) -> dict[str, Any]:
     step(f"loading {request.model}")
     try:
         prepared = prepare(request.model, step=step)
-    except (NoAttention, NoTokenStream) as error:  # an answer to the question, not a failure to answer it
+    except (NoAttention, UnknownAttention, NoTokenStream) as error:  # an answer to the question, not a failure
         return refused_model(stem_of(request.model), error)
     return check_model(prepared.graph, prepared.call, step)
 
@@ -77,7 +77,7 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
     recipe = request.recipe
     pipeline = options.checked(list(request.passes) or None, recipe, request.config)
     step(f"loading {request.model}")
-    prepared = prepare(request.model, step=step)
+    prepared = prepare(request.model, step=step, any_model=not pipeline.passes)
     prepared = held_to(recipe, request.config, prepared, pipeline, any_model=request.any_model)
     compiled = build(prepared, pipeline, options, verify=request.verify is None, source=request.model, step=step)
     if asked["inline"]:

@@ -34,6 +34,8 @@ def print_check(check: dict[str, Any]) -> None:
     if shown:
         names = [headings.get(key, key) for key in shown]
         console.print(_table(names, ([str(site[key]) for key in shown] for site in sites)))
+    for miss in check["near_misses"]:
+        console.print(f"not taken for attention: {miss['node']}, {miss['reason']}", markup=False)
     rows = ((p["name"], "yes" if p["applies"] else "no", p["tried"], p["layers"], p["reason"]) for p in check["passes"])
     console.print(_table(("pass", "applies", "tried as", "at layers", "why not elsewhere"), rows))
 

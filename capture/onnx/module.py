@@ -54,6 +54,13 @@ class OnnxModule(nn.Module):
         return tuple(self._evaluator.weight(value).shape) if value in self._evaluator.places else None
 
     def _evaluated(self, arguments: Mapping[str, Any]) -> Any:
+    def file_names(self) -> dict[str, str]:
+        """The initializer's name of every weight that hangs under another one."""
+        paths = {id(one): path for path, one in (*self.named_parameters(), *self.named_buffers())}
+        held = self._evaluator.places.items()
+        names = {paths[id(getattr(module, last))]: str(value.name) for value, (module, last) in held}
+        return {path: name for path, name in names.items() if path != name}
+
         values: Values = {value: arguments[name] for value, name in zip(self.inputs, self.input_names, strict=True)}
         self._evaluator.run(self._evaluator.nodes, values)
         results = {str(one.name): self._result(self._evaluator.value(one, values)) for one in self.outputs}

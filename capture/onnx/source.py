@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 from torch import Tensor
 
 from ...errors import InputMismatch
@@ -46,10 +47,18 @@ def load_onnx(path: str, args: Any = (), kwargs: Mapping[str, Any] | None = None
     interface = Interface(
         inputs=tuple(str(value.name) for value in module.inputs),
         outputs=tuple(str(value.name) for value in module.outputs),
-        dimensions=tuple(tuple(names.items()) for names in example.dims),
+        dimensions=tuple(map(_dynamic, module.inputs)),
         metadata=file.metadata,
+        weights=module.file_names(),
+        results=tuple(map(_dynamic, module.outputs)),
     )
     return Loaded(module, _given(module, path, args, dict(kwargs or {})) or example.args, example.axes, interface)
+
+
+def _dynamic(value: ir.Value) -> tuple[tuple[int, str], ...]:
+    """(dimension, name) of a value's dynamic dimensions; "" for one without a name."""
+    sizes = enumerate(value.shape or ())
+    return tuple((axis, size.value or "") for axis, size in sizes if isinstance(size, ir.SymbolicDim))
 
 
 def _given(module: OnnxModule, path: str, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

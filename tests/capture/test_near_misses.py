@@ -49,7 +49,18 @@ MISSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: unfold((torch.baddbmm(BIAS[0, :1], fold(q), fold(k).mT) * 2).softmax(-1) @ fold(v)),
         "the logits are scaled after a bias was added (at baddbmm)",
     ),
-    "learned scale": (lambda q, k, v: (q @ k.mT * TABLE).softmax(-1) @ v, "stands between the product"),
+    "learned scale": (
+        lambda q, k, v: (q @ k.mT * TABLE).softmax(-1) @ v,
+        "the logits are scaled by c_lifted_tensor_0 (placeholder), which is not a number (at mul)",
+    ),
+    "values in front": (
+        lambda q, k, v: (v.mT @ (q @ k.mT).softmax(-1).mT).mT,
+        "the probabilities are on the right of their product (at matmul_1), not in front of the values",
+    ),
+    "values mixed by einsum": (
+        lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (q @ k.mT).softmax(-1), v),
+        "the values are mixed by aten.einsum (at einsum), not by a product",
+    ),
     "capped after a mask": (
         lambda q, k, v: torch.tanh((q @ k.mT).masked_fill(hidden(), -1e9)).softmax(-1) @ v,
         "the logits are capped after a mask was applied",
