@@ -63,7 +63,8 @@ def reference(
         y, mass = reduced_tokens(total, slot, leader, moved, weight, mean), _nothing(x, torch.float32)
     normed = _nothing(x, x.dtype)
     if norm:
-        normed = _norm(y, norm, *(one if one is None else one.to(dtype) for one in (norm_weight, norm_bias)), eps)
+        gamma, beta = (one if one is None else one.to(dtype) for one in (norm_weight, norm_bias))
+        normed = _norm(y, norm, gamma, beta, eps)
     return y.to(x.dtype), normed.to(x.dtype), mass, mass.log()
 
 

@@ -19,7 +19,7 @@ from ..graph import module_path
 from ..op import Op
 from .splice import PROVENANCE, fake_mode_of, without_guards
 
-FUSIONS: tuple[str, ...] = ()
+FUSIONS: tuple[str, ...] = ("fusion_merge",)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ class Fusion(Protocol):
 
 
 def fuse(graph: fx.Graph, names: Sequence[str] = FUSIONS) -> list[Fired]:
-    """Apply the fusions to a graph, in place, and say what each did; nodes that are used no more stay."""
-    return [one for name in names for one in fusion_named(name).apply(graph)]
+    """Apply the fusions to a graph, in place, and say what each did."""
+    fired = []
+    for name in names:
+        fired += fusion_named(name).apply(graph)
+        graph.eliminate_dead_code()  # the next one counts who reads a value
+    return fired
 
 
 def fusion_named(name: str) -> Fusion:
