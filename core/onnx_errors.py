@@ -52,11 +52,34 @@ class TypeUnsupported(TamisError):
 
 
 class UnknownOps(TamisError):
-    """Operations that the table lacks, all of them."""
+    """Operations that the table lacks and that cannot be carried through, all of them."""
 
     template = (
-        "{path}: {count} operator(s) are not known to tamis: {ops}.\n"
-        "  hint: docs/onnx_support.md lists those that are; export without the optimisation that made them."
+        "{path}: {count} operator(s) are not known to tamis, and ONNX Runtime cannot evaluate them: {ops}.\n"
+        "  hint: put their definitions into the file as functions of standard operators, or export without the "
+        "optimisation that made them; docs/onnx_support.md lists what is known."
+    )
+    exit_code = 2
+
+
+class OpaqueFailed(TamisError):
+    """A node carried through does not run, or not as it did when the model was captured."""
+
+    template = (
+        "node {node} ({op}) of an ONNX file, which ONNX Runtime evaluates, failed: {reason}.\n"
+        "  hint: call the model with other inputs or sizes; capture it at such sizes if the file itself runs there."
+    )
+
+
+class OpaqueOnStream(TamisError):
+    """Operations without a form in torch stand between the places that a pass must touch."""
+
+    template = (
+        "{where}: node {node} ({op}) has no form in torch and stands between layers that {method} reduces, so no rule "
+        "says what becomes of its tokens.\n"
+        "  the file's operators without a form: {ops}\n"
+        "  hint: name the layers to reduce, all on one side of it (layers=...), or export without the optimisation that "
+        "made it."
     )
     exit_code = 2
 

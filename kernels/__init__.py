@@ -11,6 +11,7 @@ if __name__ == "tamis.kernels":
     from . import hash_scores as hash_scores
     from . import matmul_integer as matmul_integer
     from . import merge_tokens as merge_tokens
+    from . import onnx_node as onnx_node
     from . import order_slots as order_slots
     from . import reduce_tokens as reduce_tokens
     from . import quantize_linear as quantize_linear

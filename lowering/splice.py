@@ -21,10 +21,10 @@ PROVENANCE = ("stack_trace", "nn_module_stack")  # of the replaced node: errors 
 
 
 def op_of(node: fx.Node) -> Op | None:
-    """The tamis op that a node calls, or None."""
+    """The tamis op that a node calls, or None; a node carried through from an ONNX file calls none."""
     if node.op != "call_function" or getattr(node.target, "namespace", None) != NAMESPACE:
         return None
-    return OPS[node.target._schema.name.split("::")[1]]  # type: ignore[union-attr]
+    return OPS.get(node.target._schema.name.split("::")[1])  # type: ignore[union-attr]
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
