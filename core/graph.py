@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .opaque import opaque_of
+
 if TYPE_CHECKING:
     from torch import fx
     from torch.export import ExportedProgram
 
+LONG = 80  # characters of a text argument that is shown
 RECIPE = "tamis.recipe"  # under this key an ONNX file's metadata hold the recipe that made it
 
 
@@ -50,10 +53,10 @@ class Site:
                    `rope_axes` are that node's axes of batch, heads, tokens and channels
     role  "stream" self-attention over the token stream, "pool" few queries that are not tokens read the stream,
           "cross" keys from elsewhere, "other" not on the stream
+    cached  whether keys and values of earlier tokens, which the model is given, stand before those of its own
     """
 
     index: int
-    cached  whether keys and values of earlier tokens, which the model is given, stand before those of its own
     node: str
     q: str
     k: str
@@ -71,10 +74,10 @@ class Site:
     softcap: float | None = None  # logits x are softcap * tanh(x / softcap) before the mask is added
     k_before_rope: str = ""
     rope_axes: tuple[int, ...] = (0, 1, 2, 3)
+    cached: bool = False
 
     @property
     def hides_later(self) -> bool:
-    cached: bool = False
         """Whether no token sees a later one, by a flag or by the mask."""
         return self.causal or self.mask.causal
 
@@ -120,18 +123,18 @@ class Interface:
     dimensions       per input, (axis, name) of its dynamic dimensions; "" for one without a name
     results          the same per output
     metadata         what the file says of itself: key-value pairs
+    weights          the file's name of every weight that the program calls something else
     """
 
     inputs: tuple[str, ...]
-    weights          the file's name of every weight that the program calls something else
     outputs: tuple[str, ...]
     dimensions: tuple[tuple[tuple[int, str], ...], ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    results: tuple[tuple[tuple[int, str], ...], ...] = ()
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Interface:
-    weights: dict[str, str] = field(default_factory=dict)
-    results: tuple[tuple[tuple[int, str], ...], ...] = ()
         """From what `dataclasses.asdict` made, through JSON or not."""
         dimensions, results = (
             tuple(tuple((axis, name) for axis, name in one) for one in values.get(key, ()))
@@ -222,7 +225,7 @@ def _line(node: fx.Node, lifted: dict[str, str]) -> str:
             return f"[{', '.join(map(show, arg))}]"
         if hasattr(arg, "op") and hasattr(arg, "name"):
             return f"@{lifted[arg.name]}" if arg.name in lifted else f"%{arg.name}"
-        return str(arg)
+        return f"{arg[:LONG]}..." if isinstance(arg, str) and len(arg) > LONG else str(arg)
 
     if node.op == "output":
         return f"return {', '.join(map(show, node.args[0]))}"
@@ -233,8 +236,13 @@ def _line(node: fx.Node, lifted: dict[str, str]) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """`layer_norm`, `tamis.reduce_tokens`, `getitem`: the node's op without overload noise."""
-    target = node.target
+    """`layer_norm`, `tamis.reduce_tokens`, `getitem`: the node's op without overload noise.
+
+    A node carried through from an ONNX file has the file's operator, `com.microsoft.CDist`.
+    """
+    target, opaque = node.target, opaque_of(node)
+    if opaque is not None:
+        return opaque.op
     if hasattr(target, "namespace") and hasattr(target, "_schema"):
         name = target._schema.name.split("::")[1]
         return name if target.namespace == "aten" else f"{target.namespace}.{name}"

@@ -3,6 +3,7 @@
     prepared = backend.prepare(model)
     results = prepared.run([array, ...])
 
+Only functions of the table evaluate nodes here; ONNX Runtime is not asked for what they lack.
 Inputs that only say sizes or conditions (the shape of a Reshape, the trip count of a Loop) are constants of a captured
 program, as Python integers are in `torch.export`.  A call with other values, shapes or types captures again.
 """
@@ -51,7 +52,7 @@ class CapturedModel(BackendRep):
         key = repr((values, shapes))
         args = tuple(tensors.values())
         if key not in self._programs:
-            self._programs[key] = captured(OnnxModule(self._file, fixed), args)
+            self._programs[key] = captured(OnnxModule(self._file, fixed, carry=False), args)
         with torch.no_grad():
             return tuple(map(_as_array, _outputs(self._programs[key](*args))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FunctionType
@@ -13,13 +14,17 @@ from torch import Tensor
 
 from ...errors import TamisError
 from ...onnx_errors import NodeFailed, UnknownOps, ValueUnknown
+from ...opaque import listed
 from . import table
 from .arithmetic import FUNCTIONS
+from .carried import Carried, why_not
 from .known import Known, foldable, known, small
+from .nodes import all_nodes, domain_of, inner_graphs, needed_nodes, op_of, told, version_of
 from .reader import OnnxFile
 from .table import Entry, NotKnown, Unsupported, Value
 from .tensors import as_torch
 
+log = logging.getLogger("tamis")
 Values = dict[ir.Value, Value]
 KEPT = {"QuantizeLinear", "DequantizeLinear", "If", "Loop", "Scan"}  # never computed ahead
 
@@ -28,24 +33,28 @@ class Evaluator:
     """Evaluates nodes of one file.
 
     constants  values known before any input is: numbers and short lists of the file, and what follows from them
+    weights    tensors of the file; small ones are constants too, and weights where a node takes them as tensors
     """
 
-    def __init__(self, file: OnnxFile, fixed: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, file: OnnxFile, fixed: Mapping[str, Tensor] | None = None, *, carry: bool = True) -> None:
         """Prepare.
 
         Args:
             file: what was read.
             fixed: inputs that are constants, by name.
+            carry: whether ONNX Runtime may evaluate what the table lacks.
 
         Raises:
-            UnknownOps: lists every operation that the table lacks.
+            UnknownOps: lists every operation that the table lacks and that cannot be carried through.
         """
+        self.carry = carry
         self.path = file.path
         self.folder = Path(file.path).parent
         self.graph = file.graph
-        self.nodes = _needed(file.graph)
+        self.nodes = needed_nodes(file.graph)
         self.entries = self._find(file.graph)
-        self.frames = {node: _frame(file.path, node, i) for i, node in enumerate(_all_nodes(file.graph), 1)}
+        self.frames = {node: _frame(file.path, node, i) for i, node in enumerate(all_nodes(file.graph), 1)}
+        self.numbers = {value for node in self.entries for value in _numbers_of(node, file.graph)}
         self.constants: dict[ir.Value, Value] = {}
         self.weights: dict[ir.Value, Tensor] = {}
         for value, weight in file.weights.items():
@@ -53,23 +62,34 @@ class Evaluator:
         for value in file.graph.inputs:
             if fixed and (name := str(value.name)) in fixed:
                 self.constants[value] = known(fixed[name])
-        self.numbers = {value for node in self.entries for value in _numbers_of(node, file.graph)}
         self.tensors: dict[int, Value] = {}  # by identity: attributes have no hash
-        for node in _all_nodes(self.nodes):
+        for node in all_nodes(self.nodes):
             self._read_tensors(node)
         self._fold()
 
     def _enter(self, value: ir.Value, weight: Tensor) -> None:
         number = small(weight)
+        if number is None and value in self.numbers and foldable(weight):
+            number = known(weight)
         if number is not None:
             self.constants[value] = number
-        else:
-            self.weights[value] = weight
+        self.weights[value] = weight
+
+    def used_weights(self) -> set[ir.Value]:
+        """Weights that nodes take as tensors, or that are results."""
+        used = {value for value in self.graph.outputs if value not in self.constants}
+        for node in all_nodes(self.nodes):
+            if not self._is_known(node):
+                used |= {value for i, value in enumerate(node.inputs) if value and self._as_tensor(node, i, value)}
+                used |= {value for one in inner_graphs(node) for value in one.outputs if value not in self.constants}
+        return used & self.weights.keys()
+
+    def _as_tensor(self, node: ir.Node, place: int, value: ir.Value) -> bool:
+        """Whether a node's input is a tensor of the file that stays one."""
+        return value in self.weights and (value not in self.constants or self.entries[node].by_tensor(place))
 
     def _read_tensors(self, node: ir.Node) -> None:
         """Tensors among a node's attributes; those of constants are weights."""
-        if number is None and value in self.numbers and foldable(weight):
-            number = known(weight)
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.TENSOR:
                 weight = as_torch(attribute.as_tensor(), self.folder)
@@ -78,34 +98,47 @@ class Evaluator:
                 if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
                     self._enter(node.outputs[0], weight)
 
-    def _find(self, graph: ir.Graph) -> dict[ir.Node, Entry]:
-        found: dict[ir.Node, Entry] = {}
-        missing: dict[str, list[str]] = {}
-        for node in _all_nodes(self.nodes):
-            version = _version(node, graph)
-            entry = table.find(node.domain, node.op_type, version)
-            if entry is None:
-                name = f"{node.domain}.{node.op_type}" if node.domain else f"{node.op_type} (version {version})"
-                missing.setdefault(name, []).append(told(node))
+    def _find(self, graph: ir.Graph) -> dict[ir.Node, Entry | Carried]:
+        found: dict[ir.Node, Entry | Carried] = {}
+        missing: list[tuple[str, str]] = []
+        for node in all_nodes(self.nodes):
+            version = version_of(node, graph)
+            entry = table.find(node.domain, node.op_type, version) or self._carried(node)
+            if isinstance(entry, str):
+                said = [f"version {version}", entry] if not domain_of(node) else [entry]
+                missing.append((f"{op_of(node)} ({', '.join(said)})", told(node)))
             else:
                 found[node] = entry
         if missing:
-            ops = "; ".join(f"{name} at {_some(nodes)}" for name, nodes in sorted(missing.items()))
-            raise UnknownOps(path=self.path, count=len(missing), ops=ops)
+            raise UnknownOps(path=self.path, count=len({op for op, _ in missing}), ops=listed(missing))
+        if carried := [(op_of(node), told(node)) for node, entry in found.items() if isinstance(entry, Carried)]:
+            log.warning("%s: left to ONNX Runtime, on the CPU: %s", self.path, listed(carried))
         return found
+
+    def _carried(self, node: ir.Node) -> Carried | str:
+        """The node for ONNX Runtime to evaluate, or why it cannot be."""
+        version = version_of(node, self.graph)
+        if not self.carry:
+            return "no function"
+        imports = {"" if domain == "ai.onnx" else domain: one for domain, one in self.graph.opset_imports.items()}
+        needed = {domain: one for domain, one in imports.items() if domain in ("", node.domain)}
+        return why_not(node, version) or Carried(node, {**needed, domain_of(node): version}, self.folder)
 
     def _fold(self) -> None:
         """Evaluate what follows from constants alone, as far as the results are small."""
         for node in self.nodes:
             inputs = [value for value in node.inputs if value is not None]
-            ready = all(value in self.constants for value in inputs)
+            carried = isinstance(self.entries[node], Carried)
+            ready = all(value in self.constants or (carried and value in self.weights) for value in inputs)
             if not ready or node.op_type in KEPT or node.outputs[0] in self.weights:
                 continue
             values: Values = {}
             with torch.no_grad():
                 self.evaluate(node, values)
             for output, result in values.items():
-                if isinstance(result, Known):
+                if carried and isinstance(result, Tensor):
+                    self._enter(output, result)
+                elif isinstance(result, Known):
                     self.constants[output] = result
                 elif isinstance(result, Tensor) and foldable(result):
                     self.constants[output] = known(result)
@@ -113,8 +146,12 @@ class Evaluator:
     def run(self, nodes: Iterable[ir.Node], values: Values) -> None:
         """Evaluate nodes in order; their results are added to `values`."""
         for node in nodes:
-            if not all(output in self.constants or output in self.weights for output in node.outputs):
+            if not self._is_known(node):
                 self.evaluate(node, values)
+
+    def _is_known(self, node: ir.Node) -> bool:
+        """Whether all its results were known before any input is."""
+        return all(one in self.constants or one in self.weights for one in node.outputs if one.name)
 
     def evaluate(self, node: ir.Node, values: Values) -> None:
         """Evaluate one node.
@@ -143,8 +180,26 @@ class Evaluator:
         numbers = self._by_arithmetic(node, inputs, attributes)
         if numbers is not None:
             return numbers
-        result = self.frames[node](self.entries[node].call, inputs, attributes, len(node.outputs))
+        for place, value in enumerate(node.inputs):
+            if isinstance(inputs[place], Known) and value is not None and self._as_tensor(node, place, value):
+                inputs[place] = self.weight(value)
+        try:
+            result = self.frames[node](self.entries[node].call, inputs, attributes, len(node.outputs))
+        except Unsupported as lacking:
+            result = self._instead(node, inputs, lacking)
         return result if isinstance(result, tuple) else (result,)
+
+    def _instead(self, node: ir.Node, inputs: list[Value], lacking: Unsupported) -> Any:
+        """What ONNX Runtime makes of a node that asks its function for too much; raises `lacking` if it cannot."""
+        carried = self._carried(node)
+        if isinstance(self.entries[node], Carried) or isinstance(carried, str):
+            raise lacking
+        try:
+            result = self.frames[node](carried.call, inputs, {}, len(node.outputs))
+        except Unsupported:
+            raise lacking from None
+        log.warning("%s: %s at %s is left to ONNX Runtime: %s", self.path, op_of(node), told(node), lacking)
+        return result
 
     def _by_arithmetic(
         self, node: ir.Node, inputs: list[Value], attributes: dict[str, Any]
@@ -192,7 +247,7 @@ class Evaluator:
 
 def read_by_value(file: OnnxFile) -> set[str]:
     """Names of inputs whose values, not only their sizes, decide a size or a condition."""
-    pending = [value for node in _all_nodes(_needed(file.graph)) for value in _numbers_of(node, file.graph)]
+    pending = [value for node in all_nodes(needed_nodes(file.graph)) for value in _numbers_of(node, file.graph)]
     found, seen = set(), set()
     while pending:
         value = pending.pop()
@@ -203,26 +258,14 @@ def read_by_value(file: OnnxFile) -> set[str]:
             found.add(str(value.name))
         maker = value.producer()
         if maker is not None and maker.op_type not in ("Shape", "Size", "SequenceLength"):
-            pending.extend(one for node in _all_nodes([maker]) for one in node.inputs if one is not None)
+            pending.extend(one for node in all_nodes([maker]) for one in node.inputs if one is not None)
     return found
 
 
 def _numbers_of(node: ir.Node, graph: ir.Graph) -> list[ir.Value]:
-    entry = table.find(node.domain, node.op_type, _version(node, graph))
+    entry = table.find(node.domain, node.op_type, version_of(node, graph))
     places = [] if entry is None else [i for i in range(len(node.inputs)) if entry.by_value(i)]
     return [value for i in places if (value := node.inputs[i]) is not None]
-
-
-def _version(node: ir.Node, graph: ir.Graph) -> int:
-    """The version of a node's domain that it is of."""
-    imports = graph.opset_imports
-    standard = node.domain in ("", "ai.onnx")
-    return node.version or (imports.get("") or imports.get("ai.onnx") if standard else imports.get(node.domain)) or 1
-
-
-def told(node: ir.Node) -> str:
-    """A node's name, or that of its first output."""
-    return node.name or (node.outputs[0].name if node.outputs else None) or "without a name"
 
 
 def _frame(path: str, node: ir.Node, number: int) -> Callable[..., Any]:
@@ -238,39 +281,6 @@ def _frame(path: str, node: ir.Node, number: int) -> Callable[..., Any]:
     name = told(node).replace(",", " ")
     code = forward.__code__.replace(co_filename=f"{path}: {name}", co_firstlineno=number)
     return FunctionType(code, {})
-
-
-def _some(nodes: list[str]) -> str:
-    return ", ".join(nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
-
-
-def _needed(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes that the outputs depend on, in order."""
-    needed: set[ir.Node] = set()
-    pending = [value.producer() for value in graph.outputs]
-    while pending:
-        node = pending.pop()
-        if node is None or node in needed:
-            continue
-        needed.add(node)
-        inner = [value for one in _all_nodes([node]) for value in one.inputs if value is not None]
-        inner += [value for one in _inner_graphs(node) for value in one.outputs]
-        pending.extend(value.producer() for value in inner)
-    return [node for node in graph if node in needed]
-
-
-def _inner_graphs(node: ir.Node) -> list[ir.Graph]:
-    graphs = [one.as_graph() for one in node.attributes.values() if one.type == ir.AttributeType.GRAPH]
-    return graphs + [inner for graph in graphs for one in graph for inner in _inner_graphs(one)]
-
-
-def _all_nodes(nodes: Iterable[ir.Node]) -> list[ir.Node]:
-    """The nodes and those of the graphs inside them."""
-    found = []
-    for node in nodes:
-        found.append(node)
-        found.extend(one for graph in _inner_graphs(node) for one in graph)
-    return found
 
 
 def _reason(error: Exception) -> str:

@@ -13,8 +13,8 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 SMALL = 4096  # entries; larger values are tensors
 Array = np.ndarray[Any, Any]
 
-_NUMPY = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
-_NUMPY |= {
+NUMPY = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+NUMPY |= {
     dtype: np.dtype(str(dtype).removeprefix("torch."))
     for dtype in (
         torch.bool,
@@ -31,7 +31,7 @@ _NUMPY |= {
         torch.uint64,
     )
 }
-_TORCH = {array: dtype for dtype, array in _NUMPY.items()}
+_TORCH = {array: dtype for dtype, array in NUMPY.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,9 @@ class Known:
         """From an array, a number or a list; arrays of objects without symbols become arrays of numbers."""
         array = np.asarray(data)
         if array.dtype == object and not any(isinstance(x, SymInt | SymFloat | SymBool) for x in array.flat):
-            array = array.astype(_NUMPY[dtype or torch.int64])
+            array = array.astype(NUMPY[dtype or torch.int64])
         dtype = dtype or _TORCH.get(array.dtype, torch.int64)
-        return Known(array if array.dtype == object else array.astype(_NUMPY[dtype], copy=False), dtype)
+        return Known(array if array.dtype == object else array.astype(NUMPY[dtype], copy=False), dtype)
 
     @property
     def is_symbolic(self) -> bool:
@@ -82,7 +82,7 @@ class Known:
 def small(tensor: Tensor) -> Known | None:
     """A tensor of the file as a known value, if it is a number, or a short list of integers or truth values."""
     listed = tensor.ndim <= 1 and tensor.numel() <= 64 and not (tensor.is_floating_point() or tensor.is_complex())
-    if tensor.dtype not in _NUMPY or not (listed or tensor.numel() == 1):
+    if tensor.dtype not in NUMPY or not (listed or tensor.numel() == 1):
         return None
     return known(tensor)
 
@@ -96,4 +96,4 @@ def known(tensor: Tensor) -> Known:
 
 def foldable(tensor: Tensor) -> bool:
     """Whether a computed constant is small enough, and of a type, to be a known value."""
-    return tensor.numel() <= SMALL and tensor.dtype in _NUMPY
+    return tensor.numel() <= SMALL and tensor.dtype in NUMPY

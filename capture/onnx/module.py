@@ -26,12 +26,13 @@ class OnnxModule(nn.Module):
     inputs, outputs  the file's values;  input_names  what `forward` calls its parameters
     """
 
-    def __init__(self, file: OnnxFile, fixed: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, file: OnnxFile, fixed: Mapping[str, Tensor] | None = None, *, carry: bool = True) -> None:
         """Make the module; raises UnknownOps.
 
         Args:
             file: what `read_onnx` returned.
             fixed: inputs that are constants of the module rather than its arguments, by name.
+            carry: whether ONNX Runtime may evaluate what has no form in torch.
         """
         super().__init__()
         self.inputs = [value for value in file.inputs if value.name not in (fixed or {})]
@@ -45,7 +46,7 @@ class OnnxModule(nn.Module):
             return self._evaluated(signature.bind(*args, **kwargs).arguments)
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
-        self._evaluator = _OnModule(self, file, fixed or {})
+        self._evaluator = _OnModule(self, file, fixed or {}, carry=carry)
         self.forward = forward  # an attribute, because every file has parameters of its own
         self.eval()
 
@@ -53,7 +54,6 @@ class OnnxModule(nn.Module):
         """The shape of a weight; None for another value."""
         return tuple(self._evaluator.weight(value).shape) if value in self._evaluator.places else None
 
-    def _evaluated(self, arguments: Mapping[str, Any]) -> Any:
     def file_names(self) -> dict[str, str]:
         """The initializer's name of every weight that hangs under another one."""
         paths = {id(one): path for path, one in (*self.named_parameters(), *self.named_buffers())}
@@ -61,6 +61,7 @@ class OnnxModule(nn.Module):
         names = {paths[id(getattr(module, last))]: str(value.name) for value, (module, last) in held}
         return {path: name for path, name in names.items() if path != name}
 
+    def _evaluated(self, arguments: Mapping[str, Any]) -> Any:
         values: Values = {value: arguments[name] for value, name in zip(self.inputs, self.input_names, strict=True)}
         self._evaluator.run(self._evaluator.nodes, values)
         results = {str(one.name): self._result(self._evaluator.value(one, values)) for one in self.outputs}
@@ -75,29 +76,20 @@ class OnnxModule(nn.Module):
 class _OnModule(Evaluator):
     """An evaluator whose weights hang in a module, where export and `to` find them."""
 
-    def __init__(self, module: nn.Module, file: OnnxFile, fixed: Mapping[str, Tensor]) -> None:
-        super().__init__(file, fixed)
-        used = {value for node in self.nodes for value in _read_by(node)} | set(file.graph.outputs)
+    def __init__(self, module: nn.Module, file: OnnxFile, fixed: Mapping[str, Tensor], *, carry: bool) -> None:
         self.places: dict[ir.Value, tuple[nn.Module, str]] = {}
+        super().__init__(file, fixed, carry=carry)
+        used = self.used_weights()
         for value, weight in self.weights.items():
             if value in used:
                 self.places[value] = _hang(module, str(value.name), weight)
         self.weights = dict.fromkeys(self.weights, None)  # type: ignore[assignment]
 
     def weight(self, value: ir.Value) -> Tensor:
+        if value not in self.places:  # they are hung up last
+            return super().weight(value)
         module, name = self.places[value]
         return getattr(module, name)
-
-
-def _read_by(node: ir.Node) -> Iterable[ir.Value]:
-    """Values that a node, or a graph inside it, uses."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graph = attribute.as_graph()
-            yield from graph.outputs
-            for inner in graph:
-                yield from _read_by(inner)
 
 
 def _hang(module: nn.Module, name: str, weight: Tensor) -> tuple[nn.Module, str]:

@@ -66,8 +66,9 @@ def test_unknown_operations_are_all_listed() -> None:
     ]
     text = refused(nodes, UnknownOps)
     assert text == (
-        "m.onnx: 3 operator(s) are not known to tamis: Queer (version 18) at c; RotaryEmbedding (version 18) at y; "
-        "own.Strange at first, b."
+        "m.onnx: 3 operator(s) are not known to tamis, and ONNX Runtime cannot evaluate them: "
+        "Queer (version 18, no kernel) at c; RotaryEmbedding (version 18, no kernel) at y; "
+        "own.Strange (no kernel) at first, b."
     )
 
 
