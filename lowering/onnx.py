@@ -28,6 +28,7 @@ from ..op import NAMESPACE
 from . import onnx_names as names
 from .onnx_file import LIMIT, refuse_existing, write_whole
 from .onnx_nodes import add_functions, refuse_mean_scatter, symbolic_program, translations
+from .onnx_opaque import symbols_kept, translation, version_needed, write_back
 
 OPSET = 18
 
@@ -42,9 +43,9 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dimensions: Mapping[str, str] | None = None,
-    overwrite: bool = False,
     weight_names: Mapping[str, str] | None = None,
     results: Sequence[Sequence[tuple[int, str]]] = (),
+    overwrite: bool = False,
     external_over: int = LIMIT,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -67,10 +68,10 @@ def export_onnx(
     refuse_existing(path, overwrite=overwrite)
     refuse_mean_scatter(program.graph, str(path))
     model = onnx_model(program, str(path), opset=opset, inline=inline)
-    _name_all(model, program, input_names, output_names, dimensions)
     names.rename_weights(model, weight_names or {})
-    model.producer_name, model.producer_version = "tamis", __version__
+    _name_all(model, program, input_names, output_names, dimensions)
     names.rename_results(model, results)
+    model.producer_name, model.producer_version = "tamis", __version__
     model.metadata_props.update(metadata or {})
 
     def checked(draft: Path) -> None:
@@ -87,14 +88,14 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
     symbolic, calls = symbolic_program(program)
     try:
         # under gradients torch chooses another kernel for attention with a learned bias, and with it other strides
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), symbols_kept(program.graph):
             exported = torch.onnx.export(
                 symbolic,
                 dynamo=True,
-                opset_version=max(opset, calls.version),
+                opset_version=max(opset, calls.version, version_needed(program.graph)),
                 optimize=True,
                 verbose=False,
-                custom_translation_table=translations(),
+                custom_translation_table={**translations(), **translation()},
             )
         assert exported is not None  # it is None only for export to a file
         model = exported.model
@@ -108,6 +109,7 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool)
         model = optimize(InlinePass()(model).model)
         model.opset_imports.pop(NAMESPACE, None)
     _strip(model)
+    write_back(model, path)
     return model
 
 

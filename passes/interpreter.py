@@ -7,9 +7,11 @@ from typing import Any
 from torch import fx
 from torch.fx.traceback import set_current_meta
 
-from ..capture.closure import ancestors
+from ..capture.closure import ancestors, descendants
 from ..errors import PositionRead, TokenAxisUnsupported, TokenShapeConflict
 from ..graph import TokenGraph, op_name, shape_text, source_line
+from ..onnx_errors import OpaqueOnStream
+from ..opaque import listed, opaque_of
 from ..rewrite import Options, Outcome
 from .attention_rule import attend
 from .axis_rules import Call, rule_for
@@ -68,6 +70,7 @@ class ReductionInterpreter(fx.Interpreter):
     def _run_marked(self, n: fx.Node) -> tuple[Any, Mark]:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         assert self.state is not None
+        self._refuse_opaque(n)
         pieces = self.marks.get(n.all_input_nodes[0])
         if isinstance(pieces, tuple):  # only a getitem takes a list apart
             return super().run_node(n), pieces[args[1]]
@@ -87,6 +90,22 @@ class ReductionInterpreter(fx.Interpreter):
             raise PositionRead(position=read.position, prefix=self.graph_.prefix, **self._where(n)) from None
         except RuntimeError as error:
             raise TokenShapeConflict(op=op_name(n), reason=str(error).splitlines()[0], **self._where(n)) from error
+
+    def _refuse_opaque(self, n: fx.Node) -> None:
+        """Raise OpaqueOnStream for a node without a form in torch that stands before a place yet to be reduced.
+
+        Behind the last such place it may stand: the sequence is restored for it.
+        """
+        if opaque_of(n) is None:
+            return
+        below = {one.name for one in descendants(n, through_sizes=False)}
+        chosen = any(method.layers is not None for at in self.cuts.placed.values() for _, method in at)
+        sites = [site.node for site in self.graph_.sites if site.role in ("stream", "other") and not chosen]
+        if below.isdisjoint([*self.cuts.placed, *sites]):
+            return
+        found = ((one.op, one.node) for one in map(opaque_of, self.graph_.graph.nodes) if one is not None)
+        where = self._where(n)
+        raise OpaqueOnStream(op=op_name(n), ops=listed(found), **{key: where[key] for key in ("where", "node", "method")})
 
     def _axes_of(self, arg: Any) -> Axes | None:
         mark = self.marks.get(arg) if isinstance(arg, fx.Node) else None
@@ -139,9 +158,10 @@ class ReductionInterpreter(fx.Interpreter):
         first = next((a for a in n.all_input_nodes if self.marks.get(a)), n)
         live = self.env.get(first)
         method, layer = self.cuts.last
+        opaque = opaque_of(n)
         return {
             "where": source_line(n) or self.graph_.name,
-            "node": n.name,
+            "node": opaque.node if opaque is not None else n.name,
             "method": method,
             "layer": layer,
             "before": shape_text(first.meta.get("val")),
