@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from .flat_places import unflatten_places
 from .folded import set_axes_apart
 from .inline import inline_wrappers
 from .mutations import without_own_writes, without_shared_writes, written
@@ -40,8 +41,9 @@ def canonicalise(program: ExportedProgram) -> ExportedProgram:
     that take everything, wrappers that switch gradients (or autocast off), and nodes without use.  `view` becomes
     `reshape`, so that layouts are free.  Attention that was written out is one node (see `raise_attention`), with no
     more key-value heads than were computed (see `share_heads`).  Axes are not folded into the batch only to be set
-    apart again (see `set_axes_apart`).  Nothing writes into memory that another value shows, and `add_` is `add`.  Kept
-    nodes keep their names and stack traces; an output that was removed is now called like the node it was made of.
+    apart again (see `set_axes_apart`) or to be read by one number (see `unflatten_places`).  Nothing writes into memory
+    that another value shows, and `add_` is `add`.  Kept nodes keep their names and stack traces; an output that was
+    removed is now called like the node it was made of.
     """
     program = without_shared_writes(program)
     graph_module = copied(program)
@@ -55,6 +57,7 @@ def canonicalise(program: ExportedProgram) -> ExportedProgram:
     raise_attention(graph)
     share_heads(graph)
     set_axes_apart(graph)
+    unflatten_places(graph)
     graph.eliminate_dead_code()
     graph_module.recompile()
     return rebuild(program, graph_module)

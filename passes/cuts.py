@@ -190,9 +190,11 @@ def real_tokens(mask: Tensor) -> Tensor:
     """[B, N] bool of the keys that a mask [B, 1, N or 1, N] or [N, N] does not hide as padding: a token sees itself."""
     rows = mask.shape[-2]
     same_for_all = isinstance(rows, int) and rows == 1
-    row = mask.select(-2, 0) if same_for_all else torch.diagonal(mask, dim1=-2, dim2=-1)
-    row = row.select(1, 0) if row.dim() == 3 else row
-    return row if row.dtype == torch.bool else row > HIDDEN
+    mask = mask.select(-2, 0) if same_for_all else mask
+    seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+    if not same_for_all:  # of truth values: torch.onnx multiplies by ones and zeros, and 0 * -inf is NaN
+        seen = torch.diagonal(seen, dim1=-2, dim2=-1)
+    return seen.select(1, 0) if seen.dim() == 3 else seen
 
 
 def _count_text(count: Any) -> Any:
