@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ExampleInputsMissing, TamisError
 from ..graph import TokenGraph
@@ -18,6 +18,9 @@ from .compiled import CompiledModel
 from .inputs import Call, describe, example_call
 from .options import Options, plugins_of
 from .recipe import Recipe, versions
+
+if TYPE_CHECKING:
+    from .native import NativeModel
 
 Step = Callable[[str], None]  # told what starts now
 
@@ -70,18 +73,19 @@ def compile(
     return build(prepared, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
 
 
-def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledModel:
-    """Load what `CompiledModel.save` wrote.  Nothing is unpickled and no code from the file runs.
+def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledModel | NativeModel:
+    """Load what `CompiledModel.save` wrote.  Nothing is unpickled and, unless trusted, no code from the file runs.
 
     The original is not in the file, so `verify` and `benchmark` need it: `load(path).with_original(compiled.original)`.
 
     Args:
         path: a `.pt2` file.
-        trusted: allow native code (an AOTInductor package), which runs when it is loaded.
+        trusted: allow native code: a package (`save(native=True)`), which runs when it is loaded and comes back as a
+            `NativeModel`, or kernels beside the file (`write_kernels`).
 
     Raises:
         ModelNotFound, CorruptModel, PickleRefused, UnsafeProgram, UntrustedNativeCode: see `capture.safe_pt2`.
-        UnknownModelFormat: a trusted AOTInductor package, which cannot be loaded yet.
+        PlainProgram: it was not saved by tamis.
     """
     from .package import load_package
 

@@ -93,6 +93,9 @@ def _add_result(group: Any) -> None:
     group.add_argument("--mode", choices=MODES, help="run through Inductor; the default is eager")
     group.add_argument("--inline", action="store_true", default=None, help="ONNX without functions")
     group.add_argument(
+        "--native", action="store_true", help="a .pt2 of native code (AOTInductor), which runs without tamis"
+    )
+    group.add_argument(
         "--no-restore",
         dest="restore",
         action="store_false",
@@ -192,6 +195,8 @@ def _check_usage(options: argparse.Namespace) -> None:
         raise WrongUsage(problem="no model was given", hint="optimize-model INPUT --pass NAME:ARGS, or --help.")
     if options.report and not options.report.endswith(".json"):
         raise WrongUsage(problem=f"--report {options.report}: only JSON is written", hint="end the name in .json.")
+    if options.native and not (options.output or "").endswith(".pt2"):
+        raise WrongUsage(problem="--native makes a .pt2 file, and none is to be written", hint="-o model.pt2")
     if options.quiet and options.verbose:
         raise WrongUsage(problem="--quiet and --verbose exclude each other", hint="give one of them.")
     if options.allow_other_model and not options.config:

@@ -117,7 +117,7 @@ def _write(compiled: CompiledModel, request: Request, directory: Any, step: Prog
     output, overwrite = request.output, request.overwrite
     step(f"writing {output.path}")
     if output.kind == "pt2":
-        compiled.save(output.path, overwrite=overwrite)
+        compiled.save(output.path, native=request.native, overwrite=overwrite)
         _note_artifact(compiled, {"path": str(output.path), "kind": output.kind})
     elif output.kind == "onnx":
         _export(compiled, output.path, request, step)

@@ -156,15 +156,24 @@ class CompiledModel(nn.Module):
         _check_suffix(path, ".onnx")
         return export_checked(self, os.fspath(path), inline=inline, overwrite=overwrite, check=check)
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> str:
+    def save(self, path: str | os.PathLike[str], *, native: bool = False, overwrite: bool = False) -> str:
         """Write the rewritten program, its recipe and its report to a `.pt2` file for `tamis.load`.  Returns the path.
+
+        Args:
+            path: ends in .pt2.
+            native: compile it by AOTInductor (minutes) into a package of native code for the kind of device the weights
+                are on, which runs without tamis: `torch._inductor.aoti_load_package(path)`.
+            overwrite: replace an existing file.
 
         Raises:
             OutputExists, OutputNotWritable, ExportFailed.
         """
+        from .native import save_native
         from .package import save_package
 
         _check_suffix(path, ".pt2")
+        if native:
+            return save_native(self, os.fspath(path), overwrite=overwrite)
         return save_package(self, os.fspath(path), overwrite=overwrite)
 
     def write_kernels(self, directory: str | os.PathLike[str], architecture: str | None = None) -> CrossCompiled:

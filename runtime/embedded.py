@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from ..recipe_errors import PlainProgram, RecipeInvalid
 
 EXTRA = "tamis.json"  # the member's name
 SAVED = "a model saved by tamis"
+
+
+def extra_of(model: Any) -> dict[str, Any]:
+    """What goes into a `.pt2` file beside a `CompiledModel`'s program."""
+    return {
+        "recipe": model.recipe.to_dict(),
+        # where it was written and how fast it ran are no part of it: one recipe makes one file
+        "report": model.report.with_changes(artifacts=(), benchmarks=()).to_dict(),
+        "name": model.graph.name,
+        "token_map": model.token_map,
+        "interface": model.graph.interface and asdict(model.graph.interface),
+    }
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:

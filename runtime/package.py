@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ExportFailed, TamisError, UnknownModelFormat, UntrustedNativeCode
+from ..errors import ExportFailed, TamisError, UntrustedNativeCode
 from ..graph import RECIPE, Interface, TokenGraph
 from ..op import OPS
 from ..report import Report
 from ..target import Target
 from .binaries import use_binaries
-from .embedded import EXTRA, read_extra
+from .embedded import EXTRA, extra_of, read_extra
 from .files import check_file, whole
 from .inputs import example_call, other_sizes
 from .recipe import Recipe
@@ -24,6 +24,7 @@ from .verify import real_tokens_of
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
+    from .native import NativeModel
 
 BUDGETS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative L2, ONNX Runtime against torch
 ROUNDED = 5e-3  # where values are rounded to integers: a difference in the last bit may move one by a step
@@ -31,14 +32,7 @@ ROUNDED = 5e-3  # where values are rounded to integers: a difference in the last
 
 def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
     """Write program, recipe and report; see `CompiledModel.save`."""
-    extra = {
-        "recipe": model.recipe.to_dict(),
-        # where it was written and how fast it ran are no part of it: one recipe makes one file
-        "report": model.report.with_changes(artifacts=(), benchmarks=()).to_dict(),
-        "name": model.graph.name,
-        "token_map": model.token_map,
-        "interface": model.graph.interface and asdict(model.graph.interface),
-    }
+    extra = extra_of(model)
     with whole(Path(path), overwrite) as temporary:
         draft = temporary.with_name("model.pt2")  # the file's name becomes part of its content
         try:
@@ -52,18 +46,19 @@ def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
     return path
 
 
-def load_package(path: str, *, trusted: bool) -> CompiledModel:
-    """Read what `save_package` wrote; see `tamis.load`."""
+def load_package(path: str, *, trusted: bool) -> CompiledModel | NativeModel:
+    """Read what `save_package` or `save_native` wrote; see `tamis.load`."""
     from ..capture.safe_pt2 import load_program
     from .compiled import CompiledModel
 
     try:
         program = load_program(path)
-    except UntrustedNativeCode as error:
+    except UntrustedNativeCode:
         if not trusted:
             raise
-        accepted = "what CompiledModel.save wrote; AOTInductor packages cannot be loaded yet"
-        raise UnknownModelFormat(path=path, accepted=accepted) from error
+        from .native import load_native
+
+        return load_native(path)
     extra = read_extra(path)
     recipe = Recipe.from_dict(extra["recipe"], path)
     call = example_call(program)

@@ -35,6 +35,7 @@ class Request:
     verify: str | None
     max_drift: float | None
     bench: bool
+    native: bool
     report: Path | None
     json: bool
     quiet: bool
@@ -62,6 +63,7 @@ class Request:
             verify=given.verify,
             max_drift=given.max_drift,
             bench=given.bench,
+            native=given.native,
             report=Path(given.report) if given.report else None,
             json=given.json,
             quiet=given.quiet,
