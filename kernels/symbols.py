@@ -23,6 +23,7 @@ from torch import Tensor
 from ..counts import CountRule
 
 _ALL_SYMBOLIC: ContextVar[bool] = ContextVar("tamis_all_counts_symbolic", default=False)
+_LENGTHS_WRITTEN_OUT: ContextVar[bool] = ContextVar("tamis_lengths_written_out", default=False)
 # Per ShapeEnv, so that names, which files hold, do not depend on what was captured before.
 _NUMBERS: WeakKeyDictionary[Any, itertools.count[int]] = WeakKeyDictionary()
 
@@ -35,6 +36,19 @@ def symbolic_counts() -> Iterator[None]:
         yield
     finally:
         _ALL_SYMBOLIC.reset(token)
+
+
+@contextmanager
+def lengths_written_out() -> Iterator[None]:
+    """While a compiler traces inside, whose counts are all inputs: lengths are differences of counts.
+
+    A symbol made here would be one whose value it cannot know when it is called.
+    """
+    token = _LENGTHS_WRITTEN_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LENGTHS_WRITTEN_OUT.reset(token)
 
 
 def fresh_count(like: Tensor, axis: int, prefix: int, rule: list[int]) -> Any:
@@ -55,7 +69,7 @@ def fresh_count(like: Tensor, axis: int, prefix: int, rule: list[int]) -> Any:
 def spare_length(tokens: Any, out: Any) -> Any:
     """Length of `moved`, N - N', while tracing: a fresh symbol where that is symbolic, so that no example can be 1."""
     length = tokens - out
-    if isinstance(length, int) or not length.node.has_hint():
+    if isinstance(length, int) or not length.node.has_hint() or _LENGTHS_WRITTEN_OUT.get():
         return length
     return backed_symbol(length.node.shape_env, int(length.node.hint))
 

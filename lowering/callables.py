@@ -6,6 +6,7 @@ layers and all batches.  A first call at sizes of 0 or 1 and the first of any ot
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.fx.experimental import _config as symbol_config
 from torch.utils import _pytree as pytree
 
 from ..errors import InputMismatch
+from ..kernels.symbols import lengths_written_out
 from ..target import Target
 from .gpu import for_gpu
-from .inline import inline_ops
+from .inline import CALLED, inline_ops
 from .live_counts import dummy_inputs, lift_counts
 
 
@@ -35,6 +37,13 @@ def lower(program: ExportedProgram, target: Target, mode: str | None = None) -> 
     if mode is None:
         return program.module()
     return InductorModule(program, mode)
+
+
+def ahead_of_time(program: ExportedProgram, path: Path) -> None:
+    """Compile the program by AOTInductor into a package at `path`, which must end in .pt2; kernels of ours included."""
+    program = for_gpu(program).program if is_on_gpu(program) else program
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(inline_ops(program), package_path=str(path))
 
 
 def is_on_gpu(program: ExportedProgram) -> bool:
@@ -58,7 +67,8 @@ class InductorModule(nn.Module):
         self.positional = list(getattr(signature, "forward_arg_names", None) or [])
         self.on_gpu = for_gpu(program) if is_on_gpu(program) else None
         program = program if self.on_gpu is None else self.on_gpu.program
-        module = inline_ops(program, counts=False).module(check_guards=False)
+        called = CALLED if self.on_gpu is None else ()
+        module = inline_ops(program, counts=False, called=called).module(check_guards=False)
         module.graph.set_codegen(fx.graph.CodeGen())  # flat inputs and outputs
         self.live_counts = lift_counts(module.graph)
         self.inner = fx.GraphModule(module, module.graph)
@@ -69,7 +79,7 @@ class InductorModule(nn.Module):
         flat = self._flatten(args, kwargs)
         sizes = self.live_counts.key(flat)
         flat = [self._marked(place, value) for place, value in enumerate(flat)]
-        with torch.no_grad():
+        with torch.no_grad(), lengths_written_out():
             dummies = self.known.get(sizes)
             results = self._first_call(sizes, flat) if dummies is None else self.compiled(*flat, *dummies)
         return pytree.tree_unflatten(results, self.out_spec)

@@ -1,6 +1,6 @@
 """`inline_ops`: a program without tamis ops, each replaced by its reference as ATen.
 
-This is what runs on CPU, eager or through Inductor: no Python op may reach AOTInductor, which refuses them.
+No Python op may reach AOTInductor, which refuses them.  `torch.compile` calls them, which is what CALLED is for.
 
     %count = tamis.token_count(%x, 1, 1, [0, 0, 13, 1])      ->  %n = sym_size(%x, 1); %count = n - ... (plain integers)
     %out = tamis.reduce_tokens(%x, %slot, %leader, ...)      ->  the nodes its reference traces to
@@ -8,6 +8,7 @@ This is what runs on CPU, eager or through Inductor: no Python op may reach AOTI
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
@@ -17,36 +18,52 @@ from ..capture.program import copied, rebuild
 from ..counts import CountRule
 from .splice import Splicer, fake_mode_of, op_of
 
+# Ops that `torch.compile` on a CPU calls rather than compiles.  They sort, gather and scatter a few rows, which takes
+# longer to compile than the rest of the model and gains nothing (docs/performance.md).
+CALLED = frozenset(
+    {
+        "attention_rows",
+        "bipartite_match",
+        "merge_tokens",
+        "order_slots",
+        "reduce_tokens",
+        "restore_tokens",
+        "select_tokens",
+        "valid_slots",
+    }
+)
 
-def inline_ops(program: ExportedProgram, *, counts: bool = True) -> ExportedProgram:
+
+def inline_ops(program: ExportedProgram, *, counts: bool = True, called: Collection[str] = ()) -> ExportedProgram:
     """The same program with every tamis op replaced by its reference and dead nodes removed.
 
     Attention, linear, layer-norm and GELU nodes, names, signature, weights and stack traces are kept; the given
     program is not changed, and is returned as it is when it holds no tamis op.
 
     counts  whether token_count nodes are replaced too, by integer arithmetic
+    called  names of ops that stay
     """
     if not any(op_of(node) for node in program.graph.nodes):
         return program
     module = copied(program)
-    inline_nodes(module.graph, counts=counts)
+    kept = {*called, *(() if counts else ("token_count",))}
+    inline_nodes(module.graph, kept)
     module.graph.eliminate_dead_code()
     left = {op.name for node in module.graph.nodes if (op := op_of(node))}
-    assert left <= (set() if counts else {"token_count"})
+    assert left <= kept
     module.recompile()
     return rebuild(program, module)
 
 
-def inline_nodes(graph: fx.Graph, *, counts: bool = True) -> None:
-    """Replace the tamis nodes of a graph, in place."""
+def inline_nodes(graph: fx.Graph, kept: Collection[str]) -> None:
+    """Replace the tamis nodes of a graph, in place, but for ops of these names."""
     splicer = Splicer(fake_mode_of(graph))
     for node in list(graph.nodes):
         op = op_of(node)
-        if op is None:
+        if op is None or op.name in kept:
             continue
         if op.name == "token_count":
-            if counts:
-                _inline_count(node, splicer)
+            _inline_count(node, splicer)
         else:
             splicer.splice(node, op.reference)
 
