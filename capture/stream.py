@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..graph import Layer, Site
+from ..opaque import listed, opaque_of
 from .closure import ancestors, descendants
 from .nodes import MOVES, RESHAPES, op_of
 from .quantizers import after_rounding, is_weight
@@ -22,6 +23,7 @@ ADDS = (aten.add.Tensor, aten.add_.Tensor)
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 CARRY = {*MOVES, *RESHAPES, "aten.to", "aten.clone", "aten.contiguous", "aten.expand", "aten.unsqueeze", "aten.squeeze"}
 CARRY |= {"aten.select", "aten.slice"}  # what hands keys on without changing them
+ROOM = {"aten.pad", "aten.constant_pad_nd"}  # what makes a cache longer
 
 
 def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
@@ -46,7 +48,8 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
     mine = {site.index for site, _ in found}
     found = [layer for i, layer in enumerate(found) if layer[1].add not in [other[1].add for other in found[:i]]]
     judged = [
-        _of_another_stream(site, found) if site.role == "stream" and site.index not in mine else site for site in judged
+        _of_another_stream(site, found, by_name) if site.role == "stream" and site.index not in mine else site
+        for site in judged
     ]
     post_norm = sum(_only_norm(residual.add) is not None for _, residual in found) * 2 > len(found)
     limits = [order[by_name[site.node]] for site, _ in found[1:]] + [len(order)] * bool(found)
@@ -67,13 +70,23 @@ def _deepest(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[tuple[
     return max(streams, key=lambda layers: (not layers[0][0].hides_later, len(layers)), default=[])
 
 
-def _of_another_stream(site: Site, taken: list[tuple[Site, Residual]]) -> Site:
+def _of_another_stream(site: Site, taken: list[tuple[Site, Residual]], by_name: dict[str, fx.Node]) -> Site:
     first = taken[0][0]
     reason = (
         "it works on another stream of tokens; one stream of a model is reduced, the deepest that is not causal, which "
-        f"starts at {first.module or first.node}"
+        f"starts at {first.module or first.node}{_parted_by(by_name[site.node], by_name[first.node])}"
     )
     return replace(site, role="other", reason=reason)
+
+
+def _parted_by(one: fx.Node, other: fx.Node) -> str:
+    """What stands between two sites and has no form in torch, as the end of a sentence."""
+    for early, late in ((one, other), (other, one)):
+        between = ancestors(late) - ancestors(early)
+        found = listed((o.op, o.node) for n in between if (o := opaque_of(n)) is not None and early in ancestors(n))
+        if early in ancestors(late) and found:
+            return f"; between them stands what has no form in torch: {found}"
+    return ""
 
 
 def _with_keys_before_rope(
@@ -114,13 +127,14 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
     below, joined = {attention}, False
     for node in sorted(descendants(attention), key=order.__getitem__):
         inside = [a for a in node.all_input_nodes if a in below]
-        outside = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in below and not _is_bias(a)]
+        outside = [_without_bias(a) for a in node.args[:2] if isinstance(a, fx.Node) and a not in below]
+        outside = [a for a in outside if not _is_bias(a)]
         if node.target in ADDS and inside and len(outside) == 1 and outside[0] in above:
             value = outside[0].meta["val"]
             if value.dim() != 3:
                 return f"its residual {outside[0].name} has {value.dim()} axes, not batch, tokens, channels"
             cached = not same(tokens, keys) and _behind_cache(k, tokens)
-            if not (same(value.shape[1], tokens) and (same(tokens, keys) or cached)):
+    """Whether keys [B, H, M, D] are an input of the model with those of `tokens` tokens behind it or written into it."""
                 return f"queries ({tokens}), keys ({keys}) and residual ({value.shape[1]}) are not the same tokens"
             if not same(value.shape[0], q.meta["val"].shape[0]):
                 return f"its batch ({q.meta['val'].shape[0]}) is not the stream's ({value.shape[0]})"
@@ -132,15 +146,19 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
 
 
 def _behind_cache(keys: fx.Node, tokens: Any) -> bool:
-    """Whether keys [B, H, M, D] are an input of the model and, behind it, those of `tokens` tokens."""
+    """Whether keys [B, H, M, D] are an input of the model and, behind it or written into it, those of `tokens` tokens."""
     while op_of(keys) in CARRY:
         keys = keys.args[0]  # type: ignore[assignment]
-    pieces: Any = keys.args[0] if op_of(keys) == "aten.cat" else []
-    if len(pieces) != 2:
+    cache: Any
+    own: Any
+    if op_of(keys) == "aten.scatter":
+        cache, axis, _, own = keys.args
+    elif op_of(keys) == "aten.cat" and len(keys.args[0]) == 2:  # type: ignore[arg-type]
+        cache, own = keys.args[0]  # type: ignore[misc]
+        axis = keys.args[1] if len(keys.args) > 1 else 0
+    else:
         return False
-    cache, own = pieces
-    axis = keys.args[1] if len(keys.args) > 1 else 0
-    while op_of(cache) in CARRY:
+    while op_of(cache) in CARRY | ROOM:
         cache = cache.args[0]
     return cache.op == "placeholder" and same(own.meta["val"].shape[axis], tokens)
 
@@ -148,6 +166,16 @@ def _behind_cache(keys: fx.Node, tokens: Any) -> bool:
 def _is_bias(node: fx.Node) -> bool:
     """Whether a node is a weight of one axis, which several layers may share."""
     return is_weight(node) and node.meta["val"].dim() < 2
+
+
+def _without_bias(node: fx.Node) -> fx.Node:
+    """What a bias was added to: that of the branch may be there before the stream and the branch meet."""
+    while node.target in ADDS:
+        others = [a for a in node.args[:2] if isinstance(a, fx.Node) and not _is_bias(a)]
+        if len(others) != 1:
+            break
+        node = others[0]
+    return node
 
 
 def _side_role(by_name: dict[str, fx.Node], site: Site) -> str:
