@@ -39,6 +39,7 @@ def compile(
     token_map: bool = False,
     allow_noop: bool = False,
     verify: bool = True,
+    never_slower: bool = False,
 ) -> CompiledModel:
     """Rewrite a model so that it computes less, and make it callable.
 
@@ -59,6 +60,8 @@ def compile(
         token_map: also return, for every original token, the slot it ended in: int64 [B, N], -1 for dropped ones; the
             model then returns (outputs, token_map).
         allow_noop: accept passes that change nothing.
+        never_slower: run the original at sizes where the result is not faster: each size is timed when it first comes,
+            or known from others (see `CompiledModel.guard`).  Neither token_map nor restore=False go with it.
         verify: run original and result once on the example inputs and put the drift into the report; never raises.
 
     Raises:
@@ -68,9 +71,11 @@ def compile(
     recipe = recipe if isinstance(recipe, Recipe | None) else Recipe.read(recipe)
     options = Options(target, mode, restore, token_map, allow_noop).over(recipe)
     pipeline = options.checked(passes, recipe, path)
+    options.check_never_slower(never_slower)
     prepared = prepare(model, args, kwargs, dynamic_shapes, any_model=not pipeline.passes)
     prepared = held_to(recipe, path, prepared, pipeline)
-    return build(prepared, pipeline, options, verify=verify, source=model if isinstance(model, str) else None)
+    source = model if isinstance(model, str) else None
+    return build(prepared, pipeline, options, verify=verify, never_slower=never_slower, source=source)
 
 
 def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledModel | NativeModel:
@@ -154,6 +159,7 @@ def build(
     options: Options,
     *,
     verify: bool = True,
+    never_slower: bool = False,
     source: str | None = None,
     step: Step = lambda text: None,
 ) -> CompiledModel:
@@ -188,6 +194,7 @@ def build(
         target=_target(options.target, graph),
         mode=options.mode,
         token_map=options.token_map,
+        never_slower=never_slower,
     )
     step("counting tokens and FLOPs")
     report = _measured(compiled.report, graph, result.graph, call)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DriftTooLarge, NoAttention, NoTokenStream, SlowerThanOriginal, UnknownAttention
+from ..onnx_errors import OpaqueInTheWay
 from ..plugins import load_plugin
 from ..report import Benchmark
 from .api import build, held_to, prepare
@@ -66,7 +67,12 @@ def _check(request: Request, step: Progress) -> dict[str, Any]:
     step(f"loading {request.model}")
     try:
         prepared = prepare(request.model, step=step)
-    except (NoAttention, UnknownAttention, NoTokenStream) as error:  # an answer to the question, not a failure
+    except (
+        NoAttention,
+        UnknownAttention,
+        NoTokenStream,
+        OpaqueInTheWay,
+    ) as error:  # an answer to the question, not a failure
         return refused_model(stem_of(request.model), error)
     return check_model(prepared.graph, prepared.call, step)
 

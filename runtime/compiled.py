@@ -15,6 +15,7 @@ from ..errors import InputMismatch, OriginalMissing, UnknownOutputFormat
 from ..graph import TokenGraph
 from ..report import Benchmark, Drift, Report
 from ..target import Target
+from .guard import Guard
 from .inputs import Call, Inputs, describe, mask_of
 from .recipe import Recipe
 
@@ -28,6 +29,7 @@ class CompiledModel(nn.Module):
     report   what changed, tokens per layer, FLOPs, drift (`print(fast.report)`)
     graph    the rewritten `TokenGraph`;  original: the captured one, None after `tamis.load`
     recipe   how it was made
+    guard    which sizes the original runs at, and why (`print(fast.guard)`); None unless never_slower=True
 
     It is a module: `state_dict` has the original's keys, and parameters are shared with the original, so loading
     weights into one loads them into both.  `eval()` and `train()` only set the flag: the model was captured in eval
@@ -49,6 +51,7 @@ class CompiledModel(nn.Module):
         target: Target,
         mode: str | None = None,
         token_map: bool = False,
+        never_slower: bool = False,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -59,6 +62,7 @@ class CompiledModel(nn.Module):
         self.target = target
         self.mode = mode
         self.token_map = token_map
+        self.guard = Guard(self.benchmark) if never_slower else None
         self._inputs = Inputs.of(graph.program)
         self._callables: dict[str, Callable[..., Any]] = {}
         self._adopt_weights()
@@ -67,6 +71,8 @@ class CompiledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns; with token_map=True (that, token_map [B, N] int64)."""
         args, kwargs = self._inputs.bind(args, kwargs)
+        if self.guard is not None and not self.guard.prefers_result((args, kwargs)):
+            return _called(self._lowered("original", self._original("forward")), (args, kwargs), self.graph.name)
         return _called(self._lowered("result", self.graph), (args, kwargs), self.graph.name)
 
     def verify(self, *args: Any, **kwargs: Any) -> Drift:

@@ -18,7 +18,7 @@ from ..errors import BadParameter, InputMismatch
 from .api import compile
 from .compiled import CompiledModel
 
-OPTIONS = ("passes", "recipe", "mode", "allow_noop", "verify")
+OPTIONS = ("passes", "recipe", "mode", "allow_noop", "verify", "never_slower")
 DROPOUTS = {value for name, value in vars(torch.nn.functional).items() if "dropout" in name and name[0] != "_"}
 COMPILED: list[CompiledModel] = []  # what was made in this process, the latest last, for those who want the report
 
@@ -27,8 +27,8 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Call
     """The backend `tamis` of `torch.compile`.
 
     Options: `passes` (text or pass objects) or `recipe`, as in `tamis.compile`; `mode` ("default" compiles the result
-    by Inductor; None, which is the default, runs it eagerly); `allow_noop`; `verify` (false by default: Dynamo compiles
-    while the user waits).  `tamis.runtime.dynamo.COMPILED[-1].report` is the report.
+    by Inductor; None, which is the default, runs it eagerly); `allow_noop`; `never_slower`; `verify` (false by default:
+    Dynamo compiles while the user waits).  `tamis.runtime.dynamo.COMPILED[-1].report` is the report.
 
     Raises:
         BadParameter: an option that is not one of these, or no passes.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import ExportFailed
+from ..opaque import carried_in
 from ..report import Report
 from .embedded import EXTRA, extra_of, read_extra
 from .files import whole
@@ -52,6 +53,10 @@ def save_native(model: CompiledModel, path: str, *, overwrite: bool) -> str:
     """Write the package; see `CompiledModel.save`."""
     from ..lowering.callables import ahead_of_time
 
+    if ops := carried_in(model.graph.graph):
+        reason = f"only ONNX Runtime evaluates these operators of the file it was made from: {ops}"
+        hint = "save it without native code, or export an ONNX file, which has these operators as they were."
+        raise ExportFailed(path=path, kind="a native package", reason=reason, hint=hint)
     with whole(Path(path), overwrite) as temporary:
         try:
             ahead_of_time(model.graph.program, temporary)

@@ -48,6 +48,18 @@ class Options:
             )
         return pipeline
 
+    def check_never_slower(self, wanted: bool) -> None:
+        """Raise BadParameter where original and result do not return the same things."""
+        if wanted and (self.token_map or not self.restore):
+            got = "token_map=True" if self.token_map else "restore=False"
+            raise BadParameter(
+                where="compile",
+                name="never_slower",
+                rule="used where the original returns what the result does",
+                got=got,
+                hint="leave one of the two out.",
+            )
+
     def changed(self) -> dict[str, Any]:
         """Those that differ from the default, for the recipe."""
         values = {**vars(self), "target": str(self.target)}
