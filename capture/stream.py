@@ -134,7 +134,7 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             if value.dim() != 3:
                 return f"its residual {outside[0].name} has {value.dim()} axes, not batch, tokens, channels"
             cached = not same(tokens, keys) and _behind_cache(k, tokens)
-    """Whether keys [B, H, M, D] are an input of the model with those of `tokens` tokens behind it or written into it."""
+            if not (same(value.shape[1], tokens) and (same(tokens, keys) or cached)):
                 return f"queries ({tokens}), keys ({keys}) and residual ({value.shape[1]}) are not the same tokens"
             if not same(value.shape[0], q.meta["val"].shape[0]):
                 return f"its batch ({q.meta['val'].shape[0]}) is not the stream's ({value.shape[0]})"
@@ -146,7 +146,7 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
 
 
 def _behind_cache(keys: fx.Node, tokens: Any) -> bool:
-    """Whether keys [B, H, M, D] are an input of the model and, behind it or written into it, those of `tokens` tokens."""
+    """Whether keys [B, H, M, D] are an input of the model with `tokens` more behind it, or written into it."""
     while op_of(keys) in CARRY:
         keys = keys.args[0]  # type: ignore[assignment]
     cache: Any
