@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,17 @@ def check_onnx(
 
 
 def open_session(
-    path: str | os.PathLike[str], shown: str, *, threads: int = 0, packed: bool = True, as_written: bool = False
+    path: str | os.PathLike[str],
+    shown: str,
+    *,
+    threads: int = 0,
+    packed: bool = True,
+    as_written: bool = False,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
 ) -> Any:
-    """The file in ONNX Runtime on the CPU; `shown` is what errors call it, threads=0 leaves them to ONNX Runtime.
+    """The file in ONNX Runtime, on the CPU unless `providers` say otherwise.
+
+    shown is what errors call it; threads=0 leaves them to ONNX Runtime;
 
     packed=False leaves weights as they are in the file: loading is faster and takes less memory, running is slower;
     as_written=True fuses nothing.
@@ -87,7 +95,7 @@ def open_session(
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with _explained(path, shown):
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
 
 
 def _run(path: str | os.PathLike[str], session: Any, given: list[Any], name: str) -> list[Tensor]:

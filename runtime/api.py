@@ -21,6 +21,7 @@ from .recipe import Recipe, versions
 
 if TYPE_CHECKING:
     from .native import NativeModel
+    from .onnx_model import OnnxModel
 
 Step = Callable[[str], None]  # told what starts now
 
@@ -78,22 +79,33 @@ def compile(
     return build(prepared, pipeline, options, verify=verify, never_slower=never_slower, source=source)
 
 
-def load(path: str | os.PathLike[str], *, trusted: bool = False) -> CompiledModel | NativeModel:
-    """Load what `CompiledModel.save` wrote.  Nothing is unpickled and, unless trusted, no code from the file runs.
+def load(
+    path: str | os.PathLike[str], *, trusted: bool = False, device: str = "auto"
+) -> CompiledModel | NativeModel | OnnxModel:
+    """Load what `CompiledModel` saved or exported.  Nothing is unpickled; unless trusted, no code from the file runs.
 
     The original is not in the file, so `verify` and `benchmark` need it: `load(path).with_original(compiled.original)`.
 
     Args:
-        path: a `.pt2` file.
+        path: a `.pt2` file, or an `.onnx` file, which ONNX Runtime runs (see `OnnxModel`).
         trusted: allow native code: a package (`save(native=True)`), which runs when it is loaded and comes back as a
             `NativeModel`, or kernels beside the file (`write_kernels`).
 
+        device: where an `.onnx` file runs: "auto" is a GPU where ONNX Runtime and torch both have one; "cpu", "cuda".
+
     Raises:
+        MissingDependency, TargetMissing, BackendCannotRun: see `OnnxModel`.
         ModelNotFound, CorruptModel, PickleRefused, UnsafeProgram, UntrustedNativeCode: see `capture.safe_pt2`.
         PlainProgram: it was not saved by tamis.
     """
+    from ..capture.paths import check_exists
     from .package import load_package
 
+    if os.fspath(path).endswith(".onnx"):
+        from .onnx_model import OnnxModel
+
+        check_exists(os.fspath(path))
+        return OnnxModel(os.fspath(path), device)
     return load_package(os.fspath(path), trusted=trusted)
 
 
