@@ -9,6 +9,7 @@ if __name__ == "tamis.kernels":
     from . import dequantize_linear as dequantize_linear
     from . import dynamic_quantize_linear as dynamic_quantize_linear
     from . import hash_scores as hash_scores
+    from . import match_keys as match_keys
     from . import matmul_integer as matmul_integer
     from . import merge_tokens as merge_tokens
     from . import onnx_node as onnx_node

@@ -52,7 +52,8 @@ def test_every_module_is_inside(wheel: Path) -> None:
         "/".join(("tamis", *(path.parts[1:] if path.parts[0] == "core" else path.parts)))
         for path in python_files(*ORDER)
     }
-    assert inside == expected | {"tamis/py.typed"}
+    tables = {f"tamis/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("tables/*.json")}
+    assert inside == expected | tables | {"tamis/py.typed"}
     assert {"tamis/graph.py", "tamis/passes/methods/tome.py", "tamis/runtime/cli.py"} <= inside
 
 
