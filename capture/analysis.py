@@ -11,6 +11,8 @@ from torch.export import ExportedProgram
 
 from ..errors import NoAttention, NoTokenStream, TamisError, UnknownAttention, WindowedAttention
 from ..graph import Mask, Site, TokenGraph, module_path, source_line
+from ..onnx_errors import OpaqueInTheWay
+from ..opaque import carried_in
 from .closure import ancestors
 from .identity import structure_hash
 from .prefix import find_grid, find_prefix
@@ -31,11 +33,15 @@ def analyse(program: ExportedProgram, name: str = "model", *, any_model: bool = 
         NoAttention, UnknownAttention: there is no attention at all, or none that was recognised.
         WindowedAttention: attention runs inside windows of a regrouped batch (Swin).
         NoTokenStream: no stream of tokens [B, N, C] runs through the attention sites.
+        OpaqueInTheWay: one of these, and the program carries operators of an ONNX file that have no form in torch.
     """
     sites, layers = find_layers(program.graph, find_sites(program))
     graph = TokenGraph(program, sites, layers, name=name, source_hash=structure_hash(program))
     if not layers and not any_model:
-        raise _why_no_stream(graph) if sites else _why_no_attention(program, name)
+        error = _why_no_stream(graph) if sites else _why_no_attention(program, name)
+        if ops := carried_in(program.graph):
+            raise OpaqueInTheWay(reason=str(error).split("\n")[0].rstrip("."), ops=ops) from error
+        raise error
     if not layers:
         return graph
     start, end = (

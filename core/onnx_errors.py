@@ -71,6 +71,17 @@ class OpaqueFailed(TamisError):
     )
 
 
+class OpaqueInTheWay(TamisError):
+    """Nothing that passes could reduce was found, and operations without a form in torch may be why."""
+
+    template = (
+        "{reason}.\n"
+        "  the file's operators without a form in torch, any of which may hide it: {ops}\n"
+        "  hint: export without the optimisation that made them; a file without a pass is written as it is."
+    )
+    exit_code = 2
+
+
 class OpaqueOnStream(TamisError):
     """Operations without a form in torch stand between the places that a pass must touch."""
 
@@ -78,8 +89,8 @@ class OpaqueOnStream(TamisError):
         "{where}: node {node} ({op}) has no form in torch and stands between layers that {method} reduces, so no rule "
         "says what becomes of its tokens.\n"
         "  the file's operators without a form: {ops}\n"
-        "  hint: name the layers to reduce, all on one side of it (layers=...), or export without the optimisation that "
-        "made it."
+        "  hint: name the layers to reduce, all on one side of it (layers=...), or export without the optimisation "
+        "that made it."
     )
     exit_code = 2
 

@@ -89,6 +89,11 @@ def opaque_of(node: fx.Node) -> Opaque | None:
     return Opaque.from_text(str(node.args[1])) if getattr(schema, "name", "") == f"tamis::{OP}" else None
 
 
+def carried_in(graph: fx.Graph) -> str:
+    """The nodes that a graph carries, as `listed`; "" where it carries none."""
+    return listed((one.op, one.node) for one in map(opaque_of, graph.nodes) if one is not None)
+
+
 def listed(nodes: Iterable[tuple[str, str]]) -> str:
     """Pairs of operator and node as text: `Unique at u; com.microsoft.CDist at first, second`."""
     by_op: dict[str, list[str]] = {}

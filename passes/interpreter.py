@@ -11,7 +11,7 @@ from ..capture.closure import ancestors, descendants
 from ..errors import PositionRead, TokenAxisUnsupported, TokenShapeConflict
 from ..graph import TokenGraph, op_name, shape_text, source_line
 from ..onnx_errors import OpaqueOnStream
-from ..opaque import listed, opaque_of
+from ..opaque import carried_in, opaque_of
 from ..rewrite import Options, Outcome
 from .attention_rule import attend
 from .axis_rules import Call, rule_for
@@ -103,9 +103,9 @@ class ReductionInterpreter(fx.Interpreter):
         sites = [site.node for site in self.graph_.sites if site.role in ("stream", "other") and not chosen]
         if below.isdisjoint([*self.cuts.placed, *sites]):
             return
-        found = ((one.op, one.node) for one in map(opaque_of, self.graph_.graph.nodes) if one is not None)
         where = self._where(n)
-        raise OpaqueOnStream(op=op_name(n), ops=listed(found), **{key: where[key] for key in ("where", "node", "method")})
+        said = {key: where[key] for key in ("where", "node", "method")}
+        raise OpaqueOnStream(op=op_name(n), ops=carried_in(self.graph_.graph), **said)
 
     def _axes_of(self, arg: Any) -> Axes | None:
         mark = self.marks.get(arg) if isinstance(arg, fx.Node) else None

@@ -23,6 +23,8 @@ from .options import Options
 from .progress import Progress
 from .request import Request
 
+NOTHING_TO_REDUCE = (NoAttention, UnknownAttention, NoTokenStream, OpaqueInTheWay)
+
 
 def show_passes(plugins: Iterable[Path], as_json: bool) -> int:
     """`--list-passes`, those of the named plug-in files included."""
@@ -67,12 +69,7 @@ def _check(request: Request, step: Progress) -> dict[str, Any]:
     step(f"loading {request.model}")
     try:
         prepared = prepare(request.model, step=step)
-    except (
-        NoAttention,
-        UnknownAttention,
-        NoTokenStream,
-        OpaqueInTheWay,
-    ) as error:  # an answer to the question, not a failure
+    except NOTHING_TO_REDUCE as error:  # an answer to the question, not a failure
         return refused_model(stem_of(request.model), error)
     return check_model(prepared.graph, prepared.call, step)
 

@@ -38,7 +38,7 @@ def why_not(node: ir.Node, version: int) -> str:
         return ""
     if not domain and onnx.defs.has(node.op_type, version):
         schema = onnx.defs.get_schema(node.op_type, version)
-        if schema.has_function or schema.has_context_dependent_function:
+        if any(getattr(schema, how) for how in ("has_function", "has_context_dependent_function")):
             return ""
     return "no kernel"
 

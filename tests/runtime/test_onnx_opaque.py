@@ -14,8 +14,9 @@ from onnx_exports import exported, inputs_of
 from opaque_files import MS, behind, output_of, saved, unknown, weight
 
 import tamis
-from tamis.errors import TokenAxisUnsupported
-from tamis.onnx_errors import OpaqueOnStream
+from tamis.capture import capture
+from tamis.errors import ExportFailed, TokenAxisUnsupported
+from tamis.onnx_errors import OpaqueInTheWay, OpaqueOnStream
 from tamis.runtime.cli import main
 from tamis.runtime.compiled import CompiledModel
 
@@ -169,13 +170,17 @@ def on_stream(folder: Path, value: str) -> str:
     return str(saved(model, folder / "between.onnx"))
 
 
-@pytest.mark.parametrize("value", ["gelu", "add_2"])
-@pytest.mark.parametrize("passes", ["tome:keep_ratio=0.8", "random:keep_ratio=0.5,layers=[0,1]"])
+@pytest.mark.parametrize(
+    ("value", "passes"),
+    [
+        ("gelu", "tome:keep_ratio=0.8"),
+        ("gelu", "random:keep_ratio=0.5,layers=[0,1]"),
+        ("add_2", "tome:keep_ratio=0.8"),
+    ],
+)
 def test_between_layers_it_is_an_error_that_lists_all(tmp_path: Path, value: str, passes: str) -> None:
     """In an MLP; or in the stream itself, which it cuts in two."""
     path = on_stream(tmp_path, value)
-    if value == "add_2" and "layers" in passes:
-        pytest.skip("the stream has one layer")
     with pytest.raises(OpaqueOnStream) as caught:
         tamis.compile(path, passes=passes)
     place, _, rest = str(caught.value).removeprefix(f"{path}: between:").partition(": ")
@@ -189,6 +194,34 @@ def test_between_layers_it_is_an_error_that_lists_all(tmp_path: Path, value: str
         every == "  the file's operators without a form: com.microsoft.CDist at after; com.microsoft.Trilu at between"
     )
     assert hint.startswith("  hint: name the layers to reduce, all on one side of it (layers=...), or ")
+
+
+def test_what_cuts_the_stream_is_named(tmp_path: Path) -> None:
+    graph = capture(on_stream(tmp_path, "add_2"))
+    assert [site.role for site in graph.sites] == ["stream", "other"]
+    assert graph.sites[1].reason.endswith(
+        "; between them stands what has no form in torch: com.microsoft.Trilu at between"
+    )
+
+
+def test_where_nothing_to_reduce_is_found_they_are_listed(tmp_path: Path) -> None:
+    """The softmax of attention, behind which its product with the values is looked for, is one of them."""
+    model = onnx.load(exported("vit", "dynamo"))
+    for i, node in enumerate(node for node in model.graph.node if node.op_type == "Softmax"):
+        behind(model, node.output[0], lambda x, y, i=i: unknown("Trilu", [x], [y], f"hides {i}"))
+    path = saved(model, tmp_path / "hidden.onnx")
+    with pytest.raises(OpaqueInTheWay) as caught:
+        capture(str(path))
+    assert "any of which may hide it: com.microsoft.Trilu at hides 0, hides 1\n" in str(caught.value)
+    assert main([str(path), "--check"]) == 0
+
+
+def test_no_native_package_holds_them(tmp_path: Path, spliced: Spliced, fast: CompiledModel) -> None:
+    with pytest.raises(
+        ExportFailed, match="only ONNX Runtime evaluates these operators of the file it was made from: "
+    ):
+        fast.save(tmp_path / "fast.pt2", native=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_layers_behind_it_can_be_reduced(tmp_path: Path) -> None:
