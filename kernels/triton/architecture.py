@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ class Config:
         """As Triton names them."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
+    @staticmethod
+    def of_entry(entry: dict[str, Any]) -> Config:
+        """As a table has it: constants, warps and stages side by side."""
+        options = {name: entry[name] for name in NAMES_OF_OPTIONS if name in entry}
+        return Config({name: value for name, value in entry.items() if name not in options}, **options)
+
+    def as_entry(self) -> dict[str, Any]:
+        """As a table has it."""
+        return {**self.constants, "warps": self.warps, "stages": self.stages}
+
     def having(self, **constants: Any) -> Config:
         """With more constants."""
         return Config({**self.constants, **constants}, self.warps, self.stages)
@@ -44,6 +54,7 @@ class Architecture:
     warp           threads per warp
     shared         bytes of shared memory that one program may use
     registers      of 32 bits per multiprocessor
+    overrides      entries that come before the tables';  asked: where entries that are read are written down
     """
 
     name: str
@@ -52,6 +63,16 @@ class Architecture:
     warp: int = 32
     shared: int = 65536
     registers: int = 65536
+    overrides: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict, hash=False)
+    asked: list[tuple[str, str]] | None = field(default=None, hash=False, compare=False)
+
+    def having(self, kernel: str, key: str, config: Config) -> Architecture:
+        """With another configuration in place of one of the table's: how a tuner tries it."""
+        return replace(self, overrides={kernel: {key: config.as_entry()}})
+
+    def watched(self, asked: list[tuple[str, str]]) -> Architecture:
+        """One that writes down which entries (kernel, key) of its tables are read."""
+        return replace(self, asked=asked)
 
     @staticmethod
     def named(name: str) -> Architecture:
@@ -80,13 +101,13 @@ class Architecture:
         Keys go from the special to the general, such as `"d64-float16", "d64"`.  Raises KeyError for a kernel that no
         table names.
         """
-        for table in (_table(self.name), _table("default")):
+        for table in (self.overrides, _table(self.name), _table("default")):
             entries = table.get(kernel, {})
             for key in (*keys, "*"):
                 if key in entries:
-                    entry = dict(entries[key])
-                    options = {name: entry.pop(name) for name in NAMES_OF_OPTIONS if name in entry}
-                    return Config(entry, **options)
+                    if self.asked is not None:
+                        self.asked.append((kernel, key))
+                    return Config.of_entry(entries[key])
         raise KeyError(f"no block sizes for {kernel} {keys} in {TABLES.name}/{self.name}.json or default.json")
 
 
