@@ -1,6 +1,7 @@
 """add_reduce_norm: what stands around a reduction in a transformer block, in one pass over the tokens.
 
-    t = x + scale * added,  y = the tokens t of each slot reduced to one,  normed = LayerNorm or RMSNorm of y
+    t = x + scale * added,  y = the tokens t of each slot reduced to one,  normed = norm(y)
+    with norm_first         y = the tokens norm(t) of each slot reduced to one
 
 x            [B, N, C]  float     token features
 added        [B, N, C]  as x      what the block adds to them; None: nothing
@@ -10,8 +11,9 @@ valid        [B, N']    bool      slots that hold tokens: the others weigh 0; No
 mean         bool                 mean by weight, as merge_tokens, or sum, as reduce_tokens
 norm         "layer", "rms", ""   of the C features, or none
 norm_weight, norm_bias  [C]       None: 1 and 0;  eps  added to the variance
+norm_first   bool                 the norm stands before the reduction
 ->  y         [B, N', C]  as x
-    normed    [B, N', C]  as x, [0] without a norm
+    normed    [B, N', C]  as x, [0] without a norm after the reduction
     mass      [B, N']     float32, what the tokens of a slot weigh; [0] for sums, and for leaders alone
     log_mass  [B, N']     float32, its logarithm, -inf for slots that hold nothing
 
@@ -50,21 +52,22 @@ def reference(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    norm_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the module."""
     dtype = compute_dtype(x)
     total = x.to(dtype)
     if added is not None:
         total = total + (added.to(dtype) if scale is None else added.to(dtype) * scale.to(dtype))
+    gamma, beta = (one if one is None else one.to(dtype) for one in (norm_weight, norm_bias))
+    if norm and norm_first:
+        total = _norm(total, norm, gamma, beta, eps)
     if mean and moved is not None:
         y, mass = merged_tokens(total, slot, leader, moved, weight, uses(slot, leader, moved))
         mass = mass if valid is None else mass.masked_fill(~valid, 0)
     else:
         y, mass = reduced_tokens(total, slot, leader, moved, weight, mean), _nothing(x, torch.float32)
-    normed = _nothing(x, x.dtype)
-    if norm:
-        gamma, beta = (one if one is None else one.to(dtype) for one in (norm_weight, norm_bias))
-        normed = _norm(y, norm, gamma, beta, eps)
+    normed = _norm(y, norm, gamma, beta, eps) if norm and not norm_first else _nothing(x, x.dtype)
     return y.to(x.dtype), normed.to(x.dtype), mass, mass.log()
 
 
@@ -91,12 +94,15 @@ def fake(
     valid: Tensor | None,
     mean: bool,
     norm: str,
-    *_: Any,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    norm_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shape rule."""
     shape, slots = (x.shape[0], leader.shape[1], x.shape[2]), (x.shape[0], leader.shape[1])
     masses = slots if mean and moved is not None else (0,)
-    normed = x.new_empty(shape if norm else (0,))
+    normed = x.new_empty(shape if norm and not norm_first else (0,))
     mass, log_mass = (x.new_empty(masses, dtype=torch.float32) for _ in range(2))
     return x.new_empty(shape), normed, mass, log_mass
 
@@ -116,22 +122,25 @@ def samples() -> Iterator[tuple[Any, ...]]:
     for dtype in (torch.float32, torch.float16):
         a, b = x.to(dtype), added.to(dtype)
         g, h, s = (one.to(dtype) for one in (gamma, beta, scale))
-        yield a, b, None, slot, leader, moved, weight, None, True, "layer", g, h, 1e-6
-        yield a, b, s, slot, leader, moved, None, valid, True, "rms", g, None, 1e-5
-        yield a, None, None, slot, leader, moved, weight, valid, True, "", None, None, 0.0
-        yield a, b, s, slot, leader, moved, weight, None, False, "layer", None, None, 1e-6
-        yield a, b, None, slot, leader, None, None, None, False, "layer", g, h, 1e-6
+        yield a, b, None, slot, leader, moved, weight, None, True, "layer", g, h, 1e-6, False
+        yield a, b, None, slot, leader, moved, weight, valid, True, "layer", g, h, 1e-6, True
+        yield a, b, s, slot, leader, moved, None, valid, True, "rms", g, None, 1e-5, False
+        yield a, None, s, slot, leader, moved, None, None, False, "rms", g, None, 1e-5, True
+        yield a, None, None, slot, leader, moved, weight, valid, True, "", None, None, 0.0, False
+        yield a, b, s, slot, leader, moved, weight, None, False, "layer", None, None, 1e-6, False
+        yield a, b, None, slot, leader, None, None, None, False, "layer", g, h, 1e-6, False
     none = slot[:0], leader[:0], moved[:0]
-    yield x[:0], added[:0], None, *none, None, None, True, "layer", gamma, beta, 1e-6
+    yield x[:0], added[:0], None, *none, None, None, True, "layer", gamma, beta, 1e-6, False
     x, *plan, weight = drawn_plan(2, 83, 37, 131)
-    yield x, x.flip(1), x[0, 0], *plan, weight, None, True, "layer", x[0, 1], x[0, 2], 1e-6
+    yield x, x.flip(1), x[0, 0], *plan, weight, None, True, "layer", x[0, 1], x[0, 2], 1e-6, False
 
 
 ADD_REDUCE_NORM = define_op(
     Op(
         name="add_reduce_norm",
         schema="(Tensor x, Tensor? added, Tensor? scale, Tensor slot, Tensor leader, Tensor? moved, Tensor? weight,"
-        " Tensor? valid, bool mean, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps)"
+        " Tensor? valid, bool mean, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps,"
+        " bool norm_first)"
         " -> (Tensor y, Tensor normed, Tensor mass, Tensor log_mass)",
         reference=reference,
         fake=fake,

@@ -6,8 +6,8 @@
     %n = layer_norm(%y, [C], gamma, beta, eps)      or  rms_norm
     %bias = log(%mass)                                       ->  %y, %n, %mass, %bias = tamis.add_reduce_norm(...)
 
-Each part is taken where it is there, and a sum only where nothing else reads it: otherwise it is computed in any case.
-A norm before the cut (a post-norm block) stays where it is.
+In a post-norm block the norm stands between the add and the reduction.  Each part is taken where it is there, a sum and
+a norm before the reduction only where nothing else reads them: otherwise they are computed in any case.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from .splice import op_of
 
 name = "merge"
 aten = torch.ops.aten
+NORMS = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
+SIZES = (aten.sym_size.int, torch.ops.tamis.token_count.default)  # read no value, only how many there are
 
 
 @dataclass
@@ -34,7 +36,7 @@ class _Chain:
 
     node      the reduction;  y, mass  the nodes that are its results
     parts     the ops in the chain, in order;  missing  what is not in it, and why
-    replaced  by the place of the result
+    passed    nodes that the reduction no longer reads;  replaced  nodes by the place of the result
     """
 
     node: fx.Node
@@ -49,6 +51,8 @@ class _Chain:
     scale: fx.Node | None = None
     valid: fx.Node | None = None
     norm: tuple[Any, ...] = ("", None, None, 0.0)
+    norm_first: bool = False
+    passed: list[fx.Node] = field(default_factory=list)
     replaced: dict[int, list[fx.Node]] = field(default_factory=dict)
 
     @staticmethod
@@ -61,7 +65,7 @@ class _Chain:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        return self.tokens, self.added, self.scale, *self.plan, self.valid, self.mean, *self.norm
+        return self.tokens, self.added, self.scale, *self.plan, self.valid, self.mean, *self.norm, self.norm_first
 
 
 def apply(graph: fx.Graph) -> list[Fired]:
@@ -71,9 +75,11 @@ def apply(graph: fx.Graph) -> list[Fired]:
 
 def _fuse(chain: _Chain) -> Fired:
     chain.replaced[0] = chain.y
-    _take_sum(chain)
+    reader = _take_norm_before(chain)
+    _take_sum(chain, reader)
     chain.parts.append(_op_name(chain.node))
-    _take_norm(chain)
+    if not chain.norm_first:
+        _take_norm_after(chain)
     _take_masses(chain)
     if reason := _why_not(chain):
         chain.parts, chain.missing = [], [reason]
@@ -93,6 +99,9 @@ def _why_not(chain: _Chain) -> str:
 
 
 def _replace(chain: _Chain) -> None:
+    for node in chain.passed:
+        for user in [user for user in node.users if user.target in SIZES]:
+            user.replace_input_with(node, chain.tokens)
     for place, result in enumerate(insert_op(ADD_REDUCE_NORM, chain.arguments, chain.node)):
         for old in chain.replaced.get(place, ()):
             old.replace_all_uses_with(result)
@@ -100,15 +109,30 @@ def _replace(chain: _Chain) -> None:
             chain.node.graph.erase_node(result)
 
 
-def _take_sum(chain: _Chain) -> None:
-    """An add of two tensors of tokens, one perhaps scaled per feature, that only the reduction reads."""
+def _take_norm_before(chain: _Chain) -> fx.Node:
+    """A norm that only the reduction reads; what reads the tokens before it: the norm, or the reduction."""
+    node = chain.tokens
+    if (norm := _norm(node)) is None:
+        return chain.node
+    if others := _others(node, chain.node):
+        chain.missing.append(f"the norm {node.name} is read by {others} too")
+        return chain.node
+    chain.norm, chain.norm_first, chain.tokens = norm, True, node.args[0]  # type: ignore[assignment]
+    chain.parts.append(_op_name(node))
+    chain.passed.append(node)
+    return node
+
+
+def _take_sum(chain: _Chain, reader: fx.Node) -> None:
+    """An add of two tensors of tokens, one perhaps scaled per feature, that only `reader` reads."""
     total = chain.tokens
     if not _is(total, aten.add.Tensor) or total.kwargs or not all(_alike(one, total) for one in total.args):
         return chain.missing.append(f"no residual add: the tokens are {total.name}")
-    if others := [user.name for user in total.users if user is not chain.node]:
-        return chain.missing.append(f"the residual add {total.name} is read by {', '.join(others)} too")
+    if others := _others(total, reader):
+        return chain.missing.append(f"the residual add {total.name} is read by {others} too")
+    chain.passed.append(total)
     chain.tokens, chain.added = total.args  # type: ignore[assignment]
-    chain.parts.append("add")
+    chain.parts.insert(0, "add")
     for stream, scaled in (total.args, total.args[::-1]):
         for branch, gamma in _factors(scaled):
             if len(scaled.users) == 1 and _alike(branch, total) and _per_feature(gamma, total):
@@ -141,11 +165,11 @@ def _blanked(node: fx.Node) -> Any:
     return condition if isinstance(condition, fx.Node) and _shape(condition) == _shape(mass) else None
 
 
-def _take_norm(chain: _Chain) -> None:
+def _take_norm_after(chain: _Chain) -> None:
     """The first norm over the features that reads the reduced tokens."""
     readers = [user for y in chain.y for user in y.users]
     for user in readers:
-        if norm := _norm(user, chain.y):
+        if user.args[0] in chain.y and (norm := _norm(user)):
             if any(isinstance(one, fx.Node) and not one < chain.node for one in norm):
                 return chain.missing.append(f"the weights of {user.name} are computed later")
             chain.norm, chain.replaced[1] = norm, [user]
@@ -154,17 +178,21 @@ def _take_norm(chain: _Chain) -> None:
     return chain.missing.append(f"no norm after it: the tokens go to {reading}")
 
 
-def _norm(node: fx.Node, y: list[fx.Node]) -> tuple[Any, ...] | None:
-    """norm, weight, bias and eps of a norm of y over its features; None where the node is something else."""
-    if not (_is(node, aten.layer_norm.default) or _is(node, aten.rms_norm.default)) or node.args[0] not in y:
+def _norm(node: fx.Node) -> tuple[Any, ...] | None:
+    """norm, weight, bias and eps of a norm over the features; None where the node is something else."""
+    if node.op != "call_function" or node.target not in NORMS:
         return None
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     by_place = {one.name: value for one, value in zip(schema, node.args, strict=False)}
     given = {**{one.name: one.default_value for one in schema}, **by_place, **node.kwargs}
     if len(given["normalized_shape"]) != 1 or given["eps"] is None:
         return None
-    kind = "layer" if _is(node, aten.layer_norm.default) else "rms"
-    return kind, given["weight"], given.get("bias"), given["eps"]
+    return NORMS[node.target], given["weight"], given.get("bias"), given["eps"]  # type: ignore[index]
+
+
+def _others(node: fx.Node, reader: fx.Node) -> str:
+    """Names of what else reads the values of a node."""
+    return ", ".join(user.name for user in node.users if user is not reader and user.target not in SIZES)
 
 
 def _is(node: Any, target: Any) -> bool:

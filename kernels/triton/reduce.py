@@ -28,11 +28,10 @@ def work(
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
-    """Pruning, and pruning with one token made of the rest, of ViTs."""
-    for size, dtype in [((256, 197, 140, 768), torch.bfloat16), ((8, 577, 404, 1024), torch.float16)]:
-        x, slot, leader, moved, weight = example_plan(*size, dtype)
-        yield x, slot, leader, None, None, False
-        yield x, slot, leader, moved, weight, False
+    """Pruning of ViT-B, and with one token made of the rest of ViT-L."""
+    x, slot, leader, _, _ = example_plan(256, 197, 140, 768, torch.bfloat16)
+    yield x, slot, leader, None, None, False
+    yield *example_plan(8, 577, 404, 1024, torch.float16), False
 
 
 TWIN = Twin(work, examples, why_not)

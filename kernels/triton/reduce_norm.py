@@ -30,15 +30,17 @@ def work(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    norm_first: bool,
 ) -> Work:
     """One launch; what is not wanted is neither computed nor written."""
-    results = add_reduce_norm.fake(x, added, scale, slot, leader, moved, weight, valid, mean, norm)
-    wanted = (True, bool(norm), *[mean and moved is not None] * 2)
+    norms = norm, norm_weight, norm_bias, eps, norm_first
+    results = add_reduce_norm.fake(x, added, scale, slot, leader, moved, weight, valid, mean, *norms)
+    wanted = (True, norm and not norm_first, *[mean and moved is not None] * 2)
     y, normed, mass, log_mass = (one if flag else None for one, flag in zip(results, wanted, strict=True))
     assert y is not None
     around: dict[str, Any] = {
         **{"added": added, "scale": scale, "valid": valid},
-        **{"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps},
+        **dict(zip(("norm", "norm_weight", "norm_bias", "eps", "norm_first"), norms, strict=True)),
     }
     filled = (y, normed, mass, log_mass)
     return [reduce_launch(architecture, x, slot, leader, moved, weight, filled, mean=mean, **around)], results
@@ -53,19 +55,23 @@ def why_not(x: Tensor, *args: Any) -> str:
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
-    """ViT-B and ViT-L, a DINOv2, a post-norm encoder, a pruned ViT, and the widest stream there may be."""
-    for size, dtype in [
-        ((256, 197, 184, 768), torch.bfloat16),
-        ((1, 577, 554, 1024), torch.float16),
-        ((8, 257, 230, 384), torch.float32),
-        ((2, 700, 650, 8192), torch.bfloat16),
+    """A merged, a pruned, a scaled and a post-norm stream of ViT-B's size, other types, and the widest there may be."""
+    for size, dtype, variants in [
+        ((256, 197, 184, 768), torch.bfloat16, "merged pruned scaled post-norm"),
+        ((1, 577, 554, 1024), torch.float16, "merged"),
+        ((8, 128, 90, 384), torch.float32, "post-norm"),
+        ((2, 700, 650, 8192), torch.bfloat16, "scaled post-norm"),
     ]:
         x, slot, leader, moved, weight = example_plan(*size, dtype)
-        width = x.new_empty(size[-1])
+        one = x.new_empty(size[-1])
         valid = torch.empty(leader.shape, dtype=torch.bool, device="meta")
-        yield x, x, None, slot, leader, moved, weight, None, True, "layer", width, width, 1e-6
-        yield x, x, width, slot, leader, moved, weight, valid, True, "rms", width, None, 1e-6
-        yield x, x, None, slot, leader, None, None, None, False, "layer", width, width, 1e-6
+        known: dict[str, tuple[Any, ...]] = {
+            "merged": (x, x, None, slot, leader, moved, weight, None, True, "layer", one, one, 1e-6, False),
+            "pruned": (x, x, None, slot, leader, None, None, None, False, "layer", one, one, 1e-6, False),
+            "scaled": (x, x, one, slot, leader, moved, weight, None, True, "rms", one, None, 1e-6, False),
+            "post-norm": (x, x, None, slot, leader, moved, weight, valid, True, "layer", one, one, 1e-6, True),
+        }
+        yield from (known[name] for name in variants.split())
 
 
 TWIN = Twin(work, examples, why_not)

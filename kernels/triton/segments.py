@@ -23,14 +23,29 @@ NORMS = {"": 0, "layer": 1, "rms": 2}
 
 
 @triton.jit
-def _row(x, added, scale, token, width, column, inside):
-    """x + scale * added of one token, float32."""
+def _normalised(row, gamma, beta, width, eps, column, inside, NORM: tl.constexpr):
+    """LayerNorm (NORM 1) or RMSNorm (2) of a row whose columns outside are 0, and stay so."""
+    if NORM == 1:
+        row = tl.where(inside, row - tl.sum(row, 0) / width, 0.0)
+    row *= tl.rsqrt(tl.sum(row * row, 0) / width + eps)
+    if gamma is not None:
+        row *= tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
+    if beta is not None:
+        row += tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def _row(x, added, scale, gamma, beta, token, width, eps, column, inside, FIRST: tl.constexpr):
+    """x + scale * added of one token, normalised where FIRST names a norm, float32."""
     value = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
     if added is not None:
         extra = tl.load(added + token * width + column, mask=inside, other=0.0).to(tl.float32)
         if scale is not None:
             extra *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
         value += extra
+    if FIRST > 0:
+        value = _normalised(value, gamma, beta, width, eps, column, inside, FIRST)
     return value
 
 
@@ -67,8 +82,8 @@ def _weighed(slot, moved, weight, own, lead, entries, SCAN: tl.constexpr):
 
 
 @triton.jit
-def _joined(total, led, together, x, added, scale, slot, moved, weight, own, lead, entries, width, column, inside,
-            MEAN: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+def _joined(total, led, together, x, added, scale, gamma, beta, slot, moved, weight, own, lead, entries, width, eps,
+            column, inside, MEAN: tl.constexpr, FIRST: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
     """The row of a slot with the tokens that moved there, in ascending order."""
     for start in range(0, entries, SCAN):
         place, _, here = _arrivals(slot, moved, own, lead, start, entries, SCAN)
@@ -76,7 +91,7 @@ def _joined(total, led, together, x, added, scale, slot, moved, weight, own, lea
         for _ in range(tl.sum(here.to(tl.int32), 0)):
             last = tl.min(tl.where(here & (place > last), place, entries), 0)
             token = tl.load(moved + last)
-            row = _row(x, added, scale, token, width, column, inside)
+            row = _row(x, added, scale, gamma, beta, token, width, eps, column, inside, FIRST)
             if MEAN:
                 total += (row - led) * (_share(weight, token) / together)
             else:
@@ -85,22 +100,9 @@ def _joined(total, led, together, x, added, scale, slot, moved, weight, own, lea
 
 
 @triton.jit
-def _normalised(row, norm_weight, norm_bias, width, eps, column, inside, NORM: tl.constexpr):
-    """LayerNorm (NORM 1) or RMSNorm (2) of a row whose columns outside are 0."""
-    if NORM == 1:
-        row = tl.where(inside, row - tl.sum(row, 0) / width, 0.0)
-    row *= tl.rsqrt(tl.sum(row * row, 0) / width + eps)
-    if norm_weight is not None:
-        row *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-    if norm_bias is not None:
-        row += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
-    return row
-
-
-@triton.jit
-def reduce_kernel(x, added, scale, slot, leader, moved, weight, valid, norm_weight, norm_bias, y, normed, mass,
-                  log_mass, tokens, slots, entries, width, eps,
-                  MEAN: tl.constexpr, NORM: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+def reduce_kernel(x, added, scale, slot, leader, moved, weight, valid, gamma, beta, y, normed, mass, log_mass,
+                  tokens, slots, entries, width, eps, MEAN: tl.constexpr, FIRST: tl.constexpr, NORM: tl.constexpr,
+                  TILE: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
     """One slot and one tile of features; grid (batch * slots, tiles).  See `reduce_launch` for the arguments.
 
     All tensors are contiguous: an offset that is a multiple of the width tells the compiler how loads are aligned.
@@ -114,7 +116,7 @@ def reduce_kernel(x, added, scale, slot, leader, moved, weight, valid, norm_weig
     if added is not None:
         added += first * width
     lead = tl.load(leader + number)
-    led = _row(x, added, scale, lead, width, column, inside)
+    led = _row(x, added, scale, gamma, beta, lead, width, eps, column, inside, FIRST)
     total = led
     if moved is not None:
         moved += (number // slots).to(tl.int64) * entries
@@ -125,8 +127,8 @@ def reduce_kernel(x, added, scale, slot, leader, moved, weight, valid, norm_weig
         if not MEAN:
             total *= _share(weight, lead)
         if found > 0:
-            total = _joined(total, led, together, x, added, scale, slot, moved, weight, own, lead, entries,
-                            width, column, inside, MEAN, SCAN)  # fmt: skip
+            total = _joined(total, led, together, x, added, scale, gamma, beta, slot, moved, weight, own, lead,
+                            entries, width, eps, column, inside, MEAN, FIRST, SCAN)  # fmt: skip
         if mass is not None and tl.program_id(1) == 0:
             if valid is not None:
                 together = tl.where(tl.load(valid + number), together, 0.0)
@@ -136,7 +138,7 @@ def reduce_kernel(x, added, scale, slot, leader, moved, weight, valid, norm_weig
     out = number.to(tl.int64) * width + column
     tl.store(y + out, total, mask=inside)
     if NORM > 0:
-        row = _normalised(total, norm_weight, norm_bias, width, eps, column, inside, NORM)
+        row = _normalised(total, gamma, beta, width, eps, column, inside, NORM)
         tl.store(normed + out, row, mask=inside)
 
 
@@ -164,6 +166,7 @@ def reduce_launch(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 0.0,
+    norm_first: bool = False,
 ) -> Launch:
     """One launch that fills `results`: y [B, N', C], normed as y, mass and log mass [B, N'] float32; None: not wanted.
 
@@ -174,7 +177,7 @@ def reduce_launch(
     assert tile >= width or not norm
     tensors = {
         **{"x": x, "added": added, "scale": scale, "slot": slot, "leader": leader, "moved": moved, "weight": weight},
-        **{"valid": valid, "norm_weight": norm_weight, "norm_bias": norm_bias},
+        **{"valid": valid, "gamma": norm_weight, "beta": norm_bias},
     }
     arguments: dict[str, Any] = {
         **{name: one if one is None else one.contiguous() for name, one in tensors.items()},
@@ -182,7 +185,8 @@ def reduce_launch(
         **{"tokens": tokens, "slots": slots, "entries": 0 if moved is None else moved.shape[1], "width": width},
         "eps": float(eps),
     }
-    config = architecture.config("reduce_kernel", f"t{tile}").having(MEAN=mean, NORM=NORMS[norm], TILE=tile)
+    before, after = (NORMS[norm], 0) if norm_first else (0, NORMS[norm])
+    config = architecture.config("reduce_kernel", f"t{tile}").having(MEAN=mean, FIRST=before, NORM=after, TILE=tile)
     return Launch(reduce_kernel, (batch * slots, triton.cdiv(width, tile)), arguments, config)
 
 
