@@ -86,7 +86,7 @@ def _standard(model: onnx.ModelProto) -> int:
 def write_back(model: ir.Model, path: str) -> None:
     """Put the nodes back into a finished model, in place; `path` is what errors call it.
 
-    Domains are imported in the nodes' versions; names of nodes, and of values where they are free, are the file's.
+    Domains are imported in the nodes' versions; names of nodes and values are the file's where they are free.
 
     Raises:
         ExportFailed: a standard operator has changed since the version it is of, and cannot be converted.
@@ -102,7 +102,8 @@ def write_back(model: ir.Model, path: str) -> None:
 def _put_back(model: ir.Model, placeholder: ir.Node, opaque: Opaque, path: str) -> None:
     proto = _at_version(onnx.ModelProto.FromString(opaque.model), model.opset_imports[""], opaque, path)
     inner = ir.from_proto(proto)
-    taken = {value.name: value for value in _values(model.graph)}
+    taken = {value.name for value in _values(model.graph)}
+    names = {node.name for node in model.graph}
     for value, outer in zip(inner.graph.inputs, placeholder.inputs, strict=True):
         assert outer is not None
         value.replace_all_uses_with(outer)
@@ -116,6 +117,8 @@ def _put_back(model: ir.Model, placeholder: ir.Node, opaque: Opaque, path: str) 
     inner.graph.remove(nodes)
     for value in (one for node in nodes for one in node.outputs if one.name):
         value.name = _free(str(value.name), taken)
+    for node in (one for one in nodes if one.name):
+        node.name = _free(str(node.name), names)
     model.graph.insert_before(placeholder, nodes)
     for old, new in zip(placeholder.outputs, results, strict=True):
         new.type, new.shape = old.type, old.shape
@@ -144,11 +147,11 @@ def _at_version(proto: onnx.ModelProto, version: int, opaque: Opaque, path: str)
         raise ExportFailed(path=path, kind="ONNX", reason=reason, hint=hint) from error
 
 
-def _free(name: str, taken: dict[str | None, Any]) -> str:
-    """The name, or one like it that no value has; it is taken from now on."""
+def _free(name: str, taken: set[str | None]) -> str:
+    """The name, or one like it that is not taken; it is from now on."""
     while name in taken:
         name += "_"
-    taken[name] = None
+    taken.add(name)
     return name
 
 
