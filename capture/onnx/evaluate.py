@@ -25,6 +25,10 @@ from .table import Entry, NotKnown, Unsupported, Value
 from .tensors import as_torch
 
 log = logging.getLogger("tamis")
+OF_A_NODE = (  # what functions raise where a node is wrong; sizes may ask for more memory than there is
+    *(Unsupported, TypeError, ValueError, LookupError, AssertionError, ArithmeticError, AttributeError),
+    *(MemoryError, NotImplementedError),
+)
 Values = dict[ir.Value, Value]
 KEPT = {"QuantizeLinear", "DequantizeLinear", "If", "Loop", "Scan"}  # never computed ahead
 
@@ -119,7 +123,7 @@ class Evaluator:
         """The node for ONNX Runtime to evaluate, or why it cannot be."""
         version = version_of(node, self.graph)
         if not self.carry:
-            return "no function"
+            return "ONNX Runtime is not asked"
         imports = {"" if domain == "ai.onnx" else domain: one for domain, one in self.graph.opset_imports.items()}
         needed = {domain: one for domain, one in imports.items() if domain in ("", node.domain)}
         return why_not(node, version) or Carried(node, {**needed, domain_of(node): version}, self.folder)
@@ -169,9 +173,7 @@ class Evaluator:
         except NotKnown as error:
             raise ValueUnknown(path=self.path, node=told(node), op=node.op_type, what=error) from error
         except Exception as error:
-            if isinstance(error, Unsupported | TypeError | ValueError | IndexError | KeyError | AssertionError) or (
-                type(error) is RuntimeError
-            ):
+            if isinstance(error, OF_A_NODE) or type(error) is RuntimeError:
                 raise NodeFailed(path=self.path, node=told(node), op=node.op_type, reason=_reason(error)) from error
             raise  # what export says of sizes and data-dependence is read further up
         values.update(zip(node.outputs, results, strict=False))

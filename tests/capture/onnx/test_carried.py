@@ -158,5 +158,5 @@ def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_table_counts_where_the_table_is_tested() -> None:
-    with pytest.raises(UnknownOps, match=r"UnfoldTensor \(no function\) at windows"):
+    with pytest.raises(UnknownOps, match=r"UnfoldTensor \(ONNX Runtime is not asked\) at windows"):
         OnnxModule(read(CASES["windows"][0]), carry=False)
