@@ -72,6 +72,8 @@ def _is_rotation(node: fx.Node, stream: set[fx.Node], tokens: int) -> bool:
         return False
     tables = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in stream]
     rank = node.meta["val"].dim()
+    if rank <= tokens:  # a number made of the stream, such as the scale of its largest entry
+        return False
     return any(_rows(table.meta["val"], tokens - rank) != 1 for table in tables)
 
 

@@ -225,7 +225,10 @@ def embed_layer_normalization(
     if segments is not None and kinds is not None:
         total = total + gather(kinds, segments)
     y = F.layer_norm(total, [total.shape[-1]], gamma, beta, epsilon)
-    if outputs == 1:
-        return y
+    return y if outputs == 1 else (y, ones_of(ids, mask), total)[:outputs]
+
+
+def ones_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """How many entries of each row of a mask are 1, [B] int32; zeros without a mask."""
     counted = torch.zeros_like(ids[:, 0]) if mask is None else (mask == 1).sum(1)
-    return (y, counted.to(torch.int32), total)[:outputs]
+    return counted.to(torch.int32)

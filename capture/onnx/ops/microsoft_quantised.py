@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..table import CONTRIB, Unsupported, op
 from .attention import Hiding, attend, without_heads
+from .indexing import gather
 from .linear import matmul_integer
 from .microsoft_attention import FILTER, padding, split_projection
+from .microsoft_layers import SMALLEST, ones_of
 from .quantise import dynamic_quantize_linear
 
 
@@ -66,3 +69,34 @@ def quantised_attention(
     hiding = Hiding(padding(mask_index, q, k, mask_filter_value), bool(unidirectional), offset)
     y, _ = attend(q, k, v, hiding, scale=scale)
     return without_heads(y) if outputs == 1 else (without_heads(y), torch.stack([k, v]))
+
+
+@op("QEmbedLayerNormalization", domain=CONTRIB)
+def quantised_embed_layer_normalization(
+    ids: Tensor,
+    segments: Tensor | None,
+    words: Tensor,
+    places: Tensor,
+    kinds: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mask: Tensor | None,
+    *scales_and_zeros: Tensor | None,
+    epsilon: float = SMALLEST,
+    outputs: int = 1,
+) -> Any:
+    """`EmbedLayerNormalization` whose tables and weights are bytes, each with a scale and a zero point.
+
+    scales_and_zeros  of words, places, kinds, gamma and beta: their scales, then their zero points
+    """
+
+    def plain(x: Tensor, which: int) -> Tensor:
+        scale, zero = scales_and_zeros[which], scales_and_zeros[which + 5]
+        assert scale is not None
+        return (x.to(scale.dtype) - (0 if zero is None else zero.to(scale.dtype))) * scale
+
+    total = plain(gather(words, ids), 0) + plain(gather(places, torch.arange(ids.shape[1]).unsqueeze(0)), 1)
+    if segments is not None and kinds is not None:
+        total = total + plain(gather(kinds, segments), 2)
+    y = F.layer_norm(total, [total.shape[-1]], plain(gamma, 3), plain(beta, 4), epsilon)
+    return y if outputs == 1 else (y, ones_of(ids, mask))

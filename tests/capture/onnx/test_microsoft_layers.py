@@ -28,6 +28,8 @@ def bytes_of(*shape: int) -> Tensor:
 X, TINY, ROW = floats(2, 3, 8), floats(2, 3, 8) * 1e-5, floats(8)
 IDS, SEGMENTS = whole([1, 5, 3, 8], [2, 2, 7, 0]), whole([0, 0, 1, 1], [0, 1, 1, 1])
 TABLES = [floats(9, 8), floats(7, 8), floats(2, 8), floats(8), floats(8)]
+BYTES = [bytes_of(9, 8), bytes_of(7, 8), bytes_of(2, 8), bytes_of(8), bytes_of(8)]
+SCALES, ZEROS = [torch.tensor(0.01 * i) for i in range(1, 6)], [bytes_of(1)[0] for _ in range(5)]
 IMAGE, KERNEL, CHANNELS = floats(2, 3, 6, 6), floats(4, 3, 3, 3), floats(4)
 TURNS = {"cos": floats(16, 4).cos(), "sin": floats(16, 4).sin()}
 
@@ -108,6 +110,12 @@ CASES = {
     "EmbedLayerNormalization at one row's positions": embedding(positions=whole([0, 2, 1, 1])),
     "EmbedLayerNormalization without segments": Case(
         "EmbedLayerNormalization", [IDS, None, *TABLES[:2], None, *TABLES[3:]], {}, (0, 1)
+    ),
+    "QEmbedLayerNormalization": Case(
+        "QEmbedLayerNormalization",
+        [IDS, SEGMENTS, *BYTES, whole([1, 1, 1, 0], [1, 1, 0, 0]), *SCALES, *ZEROS],
+        {},
+        (0, 1),
     ),
     "RotaryEmbedding": rotated(floats(2, 5, 16), PLACES),
     "RotaryEmbedding from one place on": rotated(floats(2, 5, 16), START),
