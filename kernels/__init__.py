@@ -4,7 +4,9 @@ if __name__ == "tamis.kernels":
     from . import add_reduce_norm as add_reduce_norm
     from . import attention as attention
     from . import attention_lse as attention_lse
+    from . import attention_received as attention_received
     from . import attention_statistics as attention_statistics
+    from . import attention_with_lse as attention_with_lse
     from . import bipartite_match as bipartite_match
     from . import dequantize_linear as dequantize_linear
     from . import dynamic_quantize_linear as dynamic_quantize_linear
@@ -14,13 +16,16 @@ if __name__ == "tamis.kernels":
     from . import merge_tokens as merge_tokens
     from . import onnx_node as onnx_node
     from . import order_slots as order_slots
-    from . import reduce_tokens as reduce_tokens
     from . import quantize_linear as quantize_linear
     from . import quantized_attention as quantized_attention
+    from . import reduce_tokens as reduce_tokens
     from . import restore_tokens as restore_tokens
     from . import select_tokens as select_tokens
     from . import token_count as token_count
     from . import valid_slots as valid_slots
+    from .gpu import register_for_gpus
+
+    register_for_gpus()
 else:
     # transformers imports whatever is called `kernels` to look for a version of the package of that name, so where the
     # checkout is on the path this folder must import quietly; whoever uses something of it gets the reason.

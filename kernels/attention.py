@@ -167,9 +167,11 @@ def flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests."""
     generator = torch.Generator().manual_seed(0)
-    for batch, heads, key_heads, rows, keys in [(2, 4, 4, 7, 7), (1, 4, 2, 3, 5), (3, 2, 1, 1, 1)]:
-        q = torch.randn(batch, heads, rows, 8, generator=generator)
-        k, v = (torch.randn(batch, key_heads, keys, 8, generator=generator) for _ in range(2))
+    sizes = [(2, 4, 4, 7, 7, 8), (1, 4, 2, 3, 5, 8), (3, 2, 1, 1, 1, 8), (1, 2, 1, 37, 53, 20), (0, 2, 2, 3, 5, 8)]
+    for batch, heads, key_heads, rows, keys, width in sizes:
+        q = torch.randn(batch, heads, rows, width, generator=generator)
+        v_width = width if width == 8 else 12
+        k, v = (torch.randn(batch, key_heads, keys, size, generator=generator) for size in (width, v_width))
         bias = torch.rand(batch, keys, generator=generator).log()
         bias[:, 1:2] = -torch.inf
         seen = torch.rand(batch, 1, rows, keys, generator=generator) > 0.3
@@ -177,6 +179,8 @@ def samples() -> Iterator[tuple[Any, ...]]:
         added = torch.randn(heads, rows, keys, generator=generator)
         yield q, k, v, None, None, 8**-0.5, False
         yield q, k, v, bias, None, 0.25, False
+        if not batch:
+            continue
         yield q, k, v, bias, seen, 0.25, False
         yield q, k, v, bias, added, 0.25, False
         yield q, k, v, None, seen, 0.25, True
@@ -198,6 +202,6 @@ ATTENTION = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="attention",
     )
 )

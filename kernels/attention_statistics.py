@@ -91,6 +91,6 @@ ATTENTION_ROWS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="attention_rows",
     )
 )

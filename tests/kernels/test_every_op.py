@@ -50,7 +50,8 @@ def test_onnx_runtime_equals_the_reference(op, args):
         return
     expected = [torch.as_tensor(x) for x in results(op.reference(*args))]
     if op.onnx is None:  # its parts are ops that have a form in ONNX
-        torch.testing.assert_close(op.parts(*args), expected[0], rtol=0, atol=0)
+        for one, other in zip(results(op.parts(*args)), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
         return
     got = run_call(op.onnx(*args), expected)
     for a, b in zip(got, expected, strict=True):
@@ -95,8 +96,8 @@ def trace(op: Any, args: tuple[Any, ...]) -> tuple[Any, list[str], list[Any]]:
         if value.shape == flat[0].shape[-1:] and flat[0].is_floating_point():
             sizes = [DimDynamic.STATIC]
         if value.is_floating_point() and value.dim() > 2:
-            is_mask = op.call._schema.arguments[index].name == "mask"
-            for axis in {True: (-3,), False: (1, 3) if value.dim() == 4 else (2,)}[is_mask]:
+            name = op.call._schema.arguments[index].name
+            for axis in {"mask": (-3,), "lse": (1,)}.get(name, (1, 3) if value.dim() == 4 else (2,)):
                 sizes[axis] = DimDynamic.STATIC
         return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
