@@ -19,9 +19,10 @@ CASES = [
     if not twin.why_not(*args)
 ]
 every_sample = pytest.mark.parametrize(("op", "twin", "args"), CASES)
-one_sample = pytest.mark.parametrize(
-    ("op", "twin", "args"), list({case.values[0].name: case for case in CASES}.values())
-)
+_filled = {  # an example of each op that is not empty
+    case.values[0].name: case for case in CASES if all(arg.numel() for arg in case.values[2][:1])
+}
+one_sample = pytest.mark.parametrize(("op", "twin", "args"), list(_filled.values()))
 
 
 def spread(x: torch.Tensor) -> torch.Tensor:
