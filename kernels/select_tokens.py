@@ -189,6 +189,7 @@ def samples() -> Iterator[tuple[Any, ...]]:
         (1, 8, 0, "r"),
         (3, 9, 2, "one"),
         (2, 6, 1, "none"),
+        (2, 53, 2, "ratio"),
         (0, 7, 1, "r"),
     ]:
         scores = torch.randint(0, 6, (batch, tokens), generator=generator)
@@ -200,6 +201,13 @@ def samples() -> Iterator[tuple[Any, ...]]:
             yield scores, None, *rest, "score", fuse
             yield scores, torch.arange(tokens) < real, *rest, "original", fuse
             yield scores.float(), torch.arange(tokens) >= tokens - real, *rest, "score", fuse
+    for fuse in (False, True):
+        rule = CountRule(1, (*terms["ratio"], at_most(13)), added=int(fuse))
+        scores = torch.randn(3, 37, generator=generator)
+        scores[:, 5], scores[:, 11], scores[:, 17], scores[0, 20:] = torch.nan, torch.inf, -torch.inf, torch.nan
+        rest = rule.out(37), 1, rule.flat()
+        yield scores, None, *rest, "score", fuse
+        yield scores.half(), torch.rand(3, 37, generator=generator) < 0.7, *rest, "original", fuse
 
 
 SELECT_TOKENS = define_op(
@@ -212,6 +220,6 @@ SELECT_TOKENS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="select",
     )
 )

@@ -26,10 +26,17 @@ from ...counts import HALF, CountRule, at_most
 from .architecture import Architecture, Config
 from .launch import Launch, Twin, Work
 from .match_tiles import find_partners, match_row, write_plan
-from .selection import RULE, pack_row, ranks_of, removed_of, row_scratch, rule_arguments, rule_does_not_fit, splits
+from .selection import (
+    COUNTS,
+    pack_row,
+    rank_launch,
+    removed_of,
+    row_scratch,
+    rule_arguments,
+    rule_does_not_fit,
+    splits,
+)
 
-# arguments that differ between layers: one binary serves them all
-COUNTS = ["tokens", "half", "prefix", "out", *RULE]
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -56,7 +63,7 @@ def match_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS[:3])
+@triton.jit(do_not_specialize=COUNTS)
 def partners_kernel(
     metric, best, partner, tokens, half, prefix, metric_batch, metric_token,
     WIDTH: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,16 +76,7 @@ def partners_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "rank_batch"])
-def ranks_kernel(scores, rank, count, stride, scores_batch, rank_batch, TILE: tl.constexpr):
-    """`ranks_of` for one tile of a row without padding; grid (tiles, batch)."""
-    batch = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    place = ranks_of(scores + batch * scores_batch, index, index < count, count, stride, TILE)
-    tl.store(rank + batch * rank_batch + index, place, mask=index < count)
-
-
-@triton.jit(do_not_specialize=COUNTS[:4])
+@triton.jit(do_not_specialize=COUNTS)
 def match_plan_kernel(best, partner, rank, slot, leader, moved, tokens, out, half, prefix, TILE: tl.constexpr):
     """`write_plan` for a row without padding, from its ranks; grid (batch)."""
     batch = tl.program_id(0).to(tl.int64)
@@ -165,20 +163,6 @@ def split_launches(
         rank_launch(architecture, best, count, rank),
         Launch(match_plan_kernel, (batch,), {**shared, **plan}, Config(tile, config.warps, 1)),
     ]
-
-
-def rank_launch(architecture: Architecture, scores: Tensor, count: int, rank: Tensor) -> Launch:
-    """rank[b, i] of the first `count` scores of each row."""
-    config = architecture.config("ranks_kernel")
-    arguments = {
-        "scores": scores,
-        "rank": rank,
-        "count": count,
-        "stride": scores.stride(1),
-        "scores_batch": scores.stride(0),
-        "rank_batch": rank.stride(0),
-    }
-    return Launch(ranks_kernel, (triton.cdiv(count, config.constants["TILE"]), scores.shape[0]), arguments, config)
 
 
 def why_not(metric: Tensor, valid: Tensor | None, out: Any, prefix: int, rule: list[int]) -> str:

@@ -18,10 +18,10 @@ from torch import Tensor
 from ...counts import HALF, CountRule, at_most
 from .architecture import Architecture, Config
 from .launch import Launch, Twin, Work
-from .match import COUNTS, blocks, empty_plan, row_arguments, split_launches
+from .match import blocks, empty_plan, row_arguments, split_launches
 from .match import why_not as why_not_match
 from .match_tiles import match_row
-from .selection import pack_row, removed_of, row_scratch, splits
+from .selection import COUNTS, pack_row, removed_of, row_scratch, splits
 
 _MOST_AT_ONCE = 8  # heads whose loads are under way together
 
@@ -71,7 +71,7 @@ def match_keys_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=COUNTS)
 def mean_heads_kernel(
     keys, metric, tokens, key_batch, key_head, key_token,
     HEADS: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...counts import CountRule
+from .architecture import Architecture
+from .launch import Launch
 
 SPLIT_ABOVE = 1024  # tokens of a row from which on one program is too slow, and ranking gets a launch of its own
 _NO_LIMIT = 2**31 - 1
 _LINEAR_TERMS = 2
-RULE = ["limit", *(f"{part}_{i}" for i in range(_LINEAR_TERMS) for part in ("slope", "offset", "divisor"))]
+# arguments of kernels that differ between layers: one binary serves them all
+COUNTS = ["tokens", "half", "prefix", "out", "extra", "count", "valid_batch", "scores_batch", "rank_batch", "limit"]
+COUNTS += [f"{part}_{i}" for i in range(_LINEAR_TERMS) for part in ("slope", "offset", "divisor")]
 
 
 def rule_arguments(prefix: int, rule: list[int]) -> dict[str, int]:
@@ -44,7 +49,7 @@ def splits(tokens: Any, valid: Any) -> bool:
     return valid is None and type(tokens) is int and tokens > SPLIT_ABOVE
 
 
-def row_scratch(like: torch.Tensor, length: Any, dtype: torch.dtype) -> torch.Tensor:
+def row_scratch(like: Tensor, length: Any, dtype: torch.dtype) -> Tensor:
     """[B, length] for what a program passes on to itself."""
     return like.new_empty((like.shape[0], length), dtype=dtype)
 
@@ -125,3 +130,26 @@ def fill_spare(leader, used, out, moved, gone, extra, TILE: tl.constexpr):
     for start in range(gone, extra, TILE):
         place = start + tl.arange(0, TILE)
         tl.store(moved + place, tl.zeros((TILE,), tl.int64) + first, mask=place < extra)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def ranks_kernel(scores, rank, count, stride, scores_batch, rank_batch, TILE: tl.constexpr):
+    """`ranks_of` for one tile of a row without padding; grid (tiles, batch)."""
+    batch = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    place = ranks_of(scores + batch * scores_batch, index, index < count, count, stride, TILE)
+    tl.store(rank + batch * rank_batch + index, place, mask=index < count)
+
+
+def rank_launch(architecture: Architecture, scores: Tensor, count: int, rank: Tensor) -> Launch:
+    """rank[b, i] of the first `count` scores of each row."""
+    config = architecture.config("ranks_kernel")
+    arguments = {
+        "scores": scores,
+        "rank": rank,
+        "count": count,
+        "stride": scores.stride(1),
+        "scores_batch": scores.stride(0),
+        "rank_batch": rank.stride(0),
+    }
+    return Launch(ranks_kernel, (triton.cdiv(count, config.constants["TILE"]), scores.shape[0]), arguments, config)
