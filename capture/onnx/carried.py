@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
+from ...errors import TamisError
 from ...kernels.onnx_node import Session, session_of, why
 from ...opaque import Opaque
 from ..nodes import expression
@@ -19,7 +22,7 @@ from .known import NUMPY, Known
 from .nodes import domain_of, op_of, told
 from .table import Unsupported, Value, tensor
 from .tensors import DTYPES, as_torch, from_numpy
-from .trials import Given, checked, results_of, steady
+from .trials import Given, results_of, steady
 
 IR_VERSION = 10
 ELEMENTS = {dtype: number for number, dtype in DTYPES.items()}
@@ -87,18 +90,17 @@ class Carried:
         given = {name: one for name, one in named.items() if name not in constants}
         tensors = [_readable(tensor(one)) for one in given.values()]
         model = self._model(dict(zip(given, tensors, strict=True)), constants)
-        try:
-            session = session_of(model)
-        except Exception as error:
-            raise Unsupported(f"ONNX Runtime says: {why(error)}") from error
-        if torch.compiler.is_compiling() and tensors:
-            results = self._traced(model, session, list(given.values()), tensors)
-        else:
-            arrays = [one.detach().cpu().numpy() for one in tensors]
-            known = not named or len(constants) == len(named)
-            results = [from_numpy(one) for one in (steady(session, arrays) if known else checked(session(arrays)))]
+        results = self._answered(model, list(given.values()), tensors)
         places = iter(results)
         return tuple(next(places) if value.name else None for value in self.node.outputs)
+
+    def _answered(self, model: bytes, given: list[Value], tensors: list[Tensor]) -> list[Tensor]:
+        with _refusals():
+            session = session_of(model)
+        if torch.compiler.is_compiling() and tensors:
+            return self._traced(model, session, given, tensors)
+        with _refusals():
+            return [from_numpy(one) for one in steady(session, [one.detach().cpu().numpy() for one in tensors])]
 
     def _traced(self, model: bytes, session: Session, given: list[Value], tensors: list[Tensor]) -> list[Tensor]:
         seen = [_seen(*pair) for pair in zip(given, tensors, strict=True)]
@@ -125,6 +127,17 @@ class Carried:
         opsets = [helper.make_opsetid(domain, version) for domain, version in sorted(self.opsets.items())]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         return model.SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Whatever ONNX Runtime raises, as Unsupported."""
+    try:
+        yield
+    except (Unsupported, TamisError):
+        raise
+    except Exception as error:
+        raise Unsupported(f"ONNX Runtime says: {why(error)}") from error
 
 
 def _readable(value: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ def test_every_operator_that_nothing_knows_is_listed() -> None:
 def test_random_numbers_are_refused() -> None:
     text = refused(graph([node("RandomNormalLike", "x", "r"), node("Add", "x r", "y")], 3), NodeFailed)
     assert text.startswith("m.onnx: node r (RandomNormalLike) cannot be evaluated: it draws random numbers.")
+    content = graph([node("RandomNormalLike", "w", "r"), node("Add", "x r", "y")], 3, w=RNG.standard_normal((6, 4)))
+    assert "node r (RandomNormalLike) cannot be evaluated: it draws random numbers." in refused(content, NodeFailed)
     text = refused(graph([node("RandomNormal", "", "r", shape=[4]), node("Add", "x r", "y")], 3), NodeFailed)
     assert text.startswith("m.onnx: node r (RandomNormal) cannot be evaluated: it draws random numbers.")
 
@@ -140,6 +142,9 @@ def test_what_onnx_runtime_says_is_said() -> None:
     text = refused(graph([odd], 4), NodeFailed)
     assert text.startswith("m.onnx: node windows (UnfoldTensor) cannot be evaluated: ONNX Runtime says: ")
     assert "ONNXRuntimeError" not in text
+    odd = unknown("UnfoldTensor", ["w"], ["v"], "windows", dim=7, size=3)
+    text = refused(graph([odd, node("Add", "x v", "y")], 4, w=RNG.standard_normal((6, 4))), NodeFailed)
+    assert text.startswith("m.onnx: node windows (UnfoldTensor) cannot be evaluated: ONNX Runtime says: ")
 
 
 def test_types_that_onnx_runtime_does_not_take_are_refused() -> None:
