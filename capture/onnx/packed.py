@@ -30,7 +30,7 @@ def unpack_weights(graphs: list[ir.Graph], weights: dict[ir.Value, Tensor]) -> N
             numbers = {name: one.value for name, one in node.attributes.items()}
             try:
                 weight = unpacked(*(None if one is None else weights[one] for one in packed), **numbers)
-            except (Unsupported, RuntimeError, TypeError, ValueError, ZeroDivisionError):
+            except (Unsupported, RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError):
                 continue  # evaluating the node says what is wrong with it
             made[packed] = ir.Value(name=f"{given[0].name}.unpacked")
             weights[made[packed]] = weight
@@ -68,7 +68,7 @@ def unpacked(
     blocks = -(-K // block_size)
     if packed is None or scales is None or weight_prepacked or bits not in (2, 4, 8):
         raise Unsupported(f"its weight has {bits} bits, or is laid out for one kind of device")
-    if packed.numel() * 8 != N * blocks * block_size * bits or scales.numel() != N * blocks:
+    if min(N, K) < 1 or packed.numel() * 8 != N * blocks * block_size * bits or scales.numel() != N * blocks:
         raise Unsupported(f"its weight has sizes {list(packed.shape)}, which are not those of [{N}, {K}]")
     numbers = _numbers(packed.reshape(N, blocks, -1), bits).reshape(N, -1)[:, :K]
     scales = scales.reshape(N, blocks)

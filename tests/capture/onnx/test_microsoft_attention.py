@@ -141,6 +141,14 @@ def test_no_bias_is_a_bias_of_zeros() -> None:
     ))  # fmt: skip
 
 
+def test_half_precision_hides_as_much() -> None:
+    half = [None if x is None else x.half() if x.is_floating_point() else x for x in fused(REAL).inputs]
+    case = Case("Attention", half, {"num_heads": H, "mask_filter_value": -3.4e38}, constants=(1, 2))
+    (result,), (expected,) = got(case), want(fused(REAL, mask_filter_value=-3.4e38))
+    assert result.dtype == np.float16
+    np.testing.assert_allclose(result.astype(np.float32), expected, rtol=1e-2, atol=2e-2)
+
+
 def test_a_square_mask_is_read_in_its_last_rows() -> None:
     square = some(B, 1, 9, 9)
     plain = square[:, 0, P : P + N, : P + N]

@@ -90,7 +90,14 @@ def test_the_weight_is_unpacked_once_when_the_file_is_read() -> None:
     assert called == [torch.ops.aten.linear.default]
 
 
-def test_a_weight_of_other_sizes_is_refused_by_name() -> None:
-    case = product(N=7, zeros="packed")
-    with pytest.raises(NodeFailed, match=r"the_node .*sizes \[6, 2, 16\].* not those of \[7, 64\]"):
-        got(case)
+@pytest.mark.parametrize(
+    "wrong", [{"N": 7}, {"K": 100}, {"K": -1}, {"N": 0, "K": 2**40}, {"block_size": 0}, {"bits": 3}]
+)
+def test_a_weight_of_other_sizes_is_refused_by_name(wrong: dict[str, int]) -> None:
+    with pytest.raises(NodeFailed, match=r"the_node \(MatMulNBits\)"):
+        got(product(zeros="packed", **wrong))
+
+
+def test_the_sizes_are_told() -> None:
+    with pytest.raises(NodeFailed, match=r"sizes \[6, 2, 16\], which are not those of \[7, 64\]"):
+        got(product(zeros="packed", N=7))
