@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import itertools
-import operator
+import logging
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,14 +13,13 @@ from torch import Tensor
 from ...onnx_errors import TypeUnsupported
 from ..dims import Axes
 from .module import OnnxModule, identifiers
+from .sizes import Dims, find_sizes
 from .tensors import DTYPES, HINT
 
-ROWS = 2  # of the first dimension, where it is dynamic
-LENGTH = 16  # of any other dynamic dimension
+log = logging.getLogger("tamis")
+LOOKUPS = {"Gather": {1: 0}, "EmbedLayerNormalization": {0: 2, 1: 4, 8: 3}, "QEmbedLayerNormalization": {0: 2, 1: 4}}
 BEFORE_LOOKUP = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape"}
-AMBIGUOUS = 3  # names of lengths from which on one may be the sum of others
 COUNTING = 0  # generator seed
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 @dataclass(frozen=True)
@@ -38,35 +33,30 @@ class Example:
 
     args: tuple[Tensor, ...]
     axes: Axes
-    dims: tuple[dict[int, str], ...]
+    dims: Dims
 
 
 def example_of(module: OnnxModule, path: str) -> Example:
     """Make inputs.
 
     Integers that look rows up in a table are within the table; other integers and truth values (masks) are ones;
-    floats are normal.  Dynamic first dimensions are 2, others 16; one whose name is a formula of other names, such as
-    `past + new`, is what it says.  Of three names or more one may be the sum of two others without saying so: where
-    the module does not run, sums are tried.
+    floats are normal.  Of what size they are, and which dimensions are not dynamic after all, see `find_sizes`.
 
     Raises:
         TypeUnsupported: an input is a list, or has no declared rank.
     """
     dims = tuple(_dynamic(value, path) for value in module.inputs)
-    sizes = _sizes(dims)
-    lengths = list(dict.fromkeys(name for one in dims for axis, name in one.items() if axis))
-    args = _tensors(module, dims, sizes)
-    if len(lengths) >= AMBIGUOUS and not _runs(module, args):
-        sums = ({**sizes, one: sizes[a] + sizes[b]} for one, a, b in _three_of(lengths))
-        args = next((made for some in sums if _runs(module, made := _tensors(module, dims, some))), args)
-    return Example(args, Axes(_as_identifiers(dims)), dims)
 
+    def made(sizes: dict[str, int]) -> tuple[Tensor, ...]:
+        return _tensors(module, dims, sizes)
 
-def _three_of(names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Each name with each pair of others."""
-    for one in names:
-        for a, b in itertools.combinations([name for name in names if name != one], 2):
-            yield one, a, b
+    sizes, fixed = find_sizes(module, dims, lambda some: _runs(module, made(some)))
+    for name in sorted(fixed):
+        log.warning(
+            "%s: the %s dimension is static at %d: the model does not work at other sizes", path, name, sizes[name]
+        )
+    free = tuple({axis: name for axis, name in names.items() if name not in fixed} for names in dims)
+    return Example(made(sizes), Axes(_as_identifiers(free)), free)
 
 
 def _runs(module: OnnxModule, args: tuple[Tensor, ...]) -> bool:
@@ -78,7 +68,7 @@ def _runs(module: OnnxModule, args: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _tensors(module: OnnxModule, dims: Iterable[dict[int, str]], sizes: dict[str, int]) -> tuple[Tensor, ...]:
+def _tensors(module: OnnxModule, dims: Dims, sizes: dict[str, int]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(COUNTING)
     return tuple(
         _tensor(value, {axis: sizes[name] for axis, name in names.items()}, generator, module)
@@ -101,39 +91,7 @@ def _dynamic(value: ir.Value, path: str) -> dict[int, str]:
     }
 
 
-def _sizes(dims: Iterable[dict[int, str]]) -> dict[str, int]:
-    """A size for every name."""
-    sizes: dict[str, int] = {}
-    for axis, name in (item for names in dims for item in names.items()):
-        sizes.setdefault(name, ROWS if axis == 0 else LENGTH)
-    formulas = {name: _formula(name) for name in sizes}
-    plain = {name: size for name, size in sizes.items() if isinstance(formulas[name], ast.Name | None)}
-    return {name: plain[name] if name in plain else _computed(formulas[name], plain) or sizes[name] for name in sizes}
-
-
-def _formula(name: str) -> ast.expr | None:
-    """A name, read as Python would; None where it is no expression."""
-    try:
-        return ast.parse(name.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
-        return None
-
-
-def _computed(formula: Any, sizes: dict[str, int]) -> int | None:
-    """What a formula of names and integers gives; None where it is something else, or no size."""
-    match formula:
-        case ast.Name(id=name):
-            return sizes.get(name)
-        case ast.Constant(value=int(number)):
-            return number
-        case ast.BinOp(left=a, op=how, right=b) if type(how) in OPERATORS:
-            x, y = _computed(a, sizes), _computed(b, sizes)
-            if x is not None and y is not None and (y or not isinstance(how, ast.FloorDiv)):
-                return int(OPERATORS[type(how)](x, y))
-    return None
-
-
-def _as_identifiers(dims: tuple[dict[int, str], ...]) -> tuple[dict[int, str], ...]:
+def _as_identifiers(dims: Dims) -> Dims:
     names = list(dict.fromkeys(name for one in dims for name in one.values()))
     plain = dict(zip(names, identifiers(re.sub(r"\W+", "_", name) for name in names), strict=True))
     return tuple({axis: plain[name] for axis, name in one.items()} for one in dims)
@@ -157,7 +115,8 @@ def _table_rows(value: ir.Value, module: OnnxModule) -> int | None:
     pending = [value]
     while pending:
         for node, place in pending.pop().uses():
-            if node.op_type == "Gather" and place == 1 and (table := module.shape_of(node.inputs[0])) is not None:
+            holder = LOOKUPS.get(node.op_type, {}).get(place)
+            if holder is not None and (table := module.shape_of(node.inputs[holder])) is not None:
                 axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
                 found.append(table[axis])
             elif node.op_type in BEFORE_LOOKUP and place == 0:

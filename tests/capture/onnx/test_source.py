@@ -114,3 +114,36 @@ def test_a_length_may_be_the_sum_of_others(tmp_path: Path, total: str) -> None:
 def test_a_formula_that_is_none_is_a_name(tmp_path: Path) -> None:
     for name in ("past // 0 + sequence", "f(past)", "0 * past", "past +"):
         assert [x.shape[1] for x in joined(tmp_path, name).args] == [16, 32, 16]  # found by trying
+
+
+def image(tmp_path: Path, rows: int | None) -> Loaded:
+    """Patches of 4 pixels, with a position each where there are rows of them; every size is declared dynamic."""
+    nodes = [
+        node("Conv", "pixels kernel", "grid", strides=[4, 4], group=1),
+        node("Flatten", "grid", "patches", axis=2) if rows is None else node("Reshape", "grid flat", "patches"),
+        node("Neg", "patches", "y") if rows is None else node("Add", "patches places", "y"),
+    ]
+    weights = {"kernel": np.ones((5, 3, 4, 4)), "places": np.ones((1, 5, rows or 1))}
+    path = file(tmp_path, nodes, {"pixels": (FLOAT, ["batch", "channels", "height", "width"])}, **weights)
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 5, -1]), "flat"))
+    onnx.save(model, path)
+    return load_onnx(path)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(49, 28), (400, 80), (16, 16)])
+def test_images_may_have_one_size_only(tmp_path: Path, rows: int, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = image(tmp_path, rows)
+    assert loaded.args[0].shape == (2, 3, size, size)
+    assert loaded.axes.leaves == ({0: "batch"},)
+    assert [record.getMessage().partition(": the ")[2] for record in caplog.records] == [
+        "channels dimension is static at 3: the model does not work at other sizes",
+        f"height dimension is static at {size}: the model does not work at other sizes",
+        f"width dimension is static at {size}: the model does not work at other sizes",
+    ]
+
+
+def test_images_of_any_size_stay_so(tmp_path: Path) -> None:
+    loaded = image(tmp_path, None)
+    assert loaded.args[0].shape == (2, 3, 16, 16)
+    assert loaded.axes.leaves == ({0: "batch", 2: "height", 3: "width"},)
