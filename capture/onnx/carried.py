@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,15 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from ...errors import TamisError
-from ...kernels.onnx_node import Session, session_of, why
+from ...kernels.onnx_node import why
 from ...opaque import Opaque
 from ..nodes import expression
 from .known import NUMPY, Known
 from .nodes import domain_of, op_of, told
+from .runs import runner
 from .table import Unsupported, Value, tensor
 from .tensors import DTYPES, as_torch, from_numpy
-from .trials import Given, results_of, steady
+from .trials import Given, Run, results_of, steady
 
 IR_VERSION = 10
 ELEMENTS = {dtype: number for number, dtype in DTYPES.items()}
@@ -95,19 +93,19 @@ class Carried:
         return tuple(next(places) if value.name else None for value in self.node.outputs)
 
     def _answered(self, model: bytes, given: list[Value], tensors: list[Tensor]) -> list[Tensor]:
-        with _refusals():
-            session = session_of(model)
+        run = functools.partial(runner(), model)
         if torch.compiler.is_compiling() and tensors:
-            return self._traced(model, session, given, tensors)
-        with _refusals():
-            return [from_numpy(one) for one in steady(session, [one.detach().cpu().numpy() for one in tensors])]
+            return self._traced(model, run, given, tensors)
+        try:
+            return [from_numpy(one) for one in steady(run, [one.detach().cpu().numpy() for one in tensors])]
+        except RuntimeError as error:
+            raise Unsupported(f"ONNX Runtime says: {why(error)}") from error
 
-    def _traced(self, model: bytes, session: Session, given: list[Value], tensors: list[Tensor]) -> list[Tensor]:
+    def _traced(self, model: bytes, run: Run, given: list[Value], tensors: list[Tensor]) -> list[Tensor]:
         seen = [_seen(*pair) for pair in zip(given, tensors, strict=True)]
         key = (model, *((str(one.dtype), str(one.shape), str(one.numbers)) for one in seen))
         if key not in self.known:
-            results = results_of(session, seen)
-            self.known[key] = Opaque(op_of(self.node), told(self.node), model, results).text
+            self.known[key] = Opaque(op_of(self.node), told(self.node), model, results_of(run, seen)).text
         return torch.ops.tamis.onnx_node(tensors, self.known[key])
 
     def _model(self, tensors: dict[str, Tensor], constants: dict[str, Known]) -> bytes:
@@ -127,17 +125,6 @@ class Carried:
         opsets = [helper.make_opsetid(domain, version) for domain, version in sorted(self.opsets.items())]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         return model.SerializeToString(deterministic=True)
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Whatever ONNX Runtime raises, as Unsupported."""
-    try:
-        yield
-    except (Unsupported, TamisError):
-        raise
-    except Exception as error:
-        raise Unsupported(f"ONNX Runtime says: {why(error)}") from error
 
 
 def _readable(value: Tensor) -> Tensor:

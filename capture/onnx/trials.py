@@ -56,7 +56,7 @@ def results_of(run: Run, inputs: list[Given]) -> tuple[Result, ...]:
     """The results of a node.
 
     Args:
-        run: evaluates the node on arrays; raises where it cannot.
+        run: evaluates the node on arrays; raises RuntimeError or ValueError where it cannot.
         inputs: what is known of them.
 
     Raises:
@@ -111,9 +111,7 @@ def _trials(run: Run, inputs: list[Given], symbols: list[Any]) -> list[Trial]:
                 arrays = [_array(*pair, values, draw) for pair in zip(inputs, shapes, strict=True)]
                 try:
                     results = run(arrays) if found else steady(run, arrays)
-                except Unsupported:
-                    raise
-                except Exception as error:
+                except (RuntimeError, ValueError) as error:
                     failure = failure or error
                     continue
                 outs = checked(results)
