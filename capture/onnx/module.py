@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 
 from .evaluate import Evaluator, Values
@@ -106,7 +107,7 @@ def _hang(module: nn.Module, name: str, weight: Tensor) -> tuple[nn.Module, str]
             module.add_module(part, child)
         module = child
     last = _free(module, last)
-    if weight.is_floating_point():
+    if weight.is_floating_point() or weight.dtype in (torch.int8, torch.uint8):  # quantised ones are learned too
         module.register_parameter(last, nn.Parameter(weight, requires_grad=False))
     else:
         module.register_buffer(last, weight)

@@ -71,6 +71,7 @@ def from_proto(model: onnx.ModelProto, path: str, folder: Path) -> OnnxFile:
             read = InlinePass()(read).model
     except Exception as error:
         raise MalformedGraph(path=path, reason=_reason(error)) from error
+    _free_sizes([*read.graph.inputs, *read.graph.outputs])
     weights = {}
     for graph in read.graphs():
         for value in graph.initializers.values():
@@ -79,6 +80,13 @@ def from_proto(model: onnx.ModelProto, path: str, folder: Path) -> OnnxFile:
             value.const_value = None  # what holds the file's bytes is let go
     unpack_weights(list(read.graphs()), weights)
     return OnnxFile(path, read.graph, weights, dict(read.metadata_props))
+
+
+def _free_sizes(values: list[ir.Value]) -> None:
+    """Negative sizes, which some exporters write for dynamic dimensions, as dimensions without a name."""
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _parsed(file: Path, path: str) -> onnx.ModelProto:

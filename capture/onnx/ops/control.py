@@ -37,6 +37,9 @@ def if_(condition: Number, *, then_branch: Body, else_branch: Body) -> Any:
     return tuple(then_branch() if condition else else_branch())
 
 
+MOST = 512  # runs of a loop
+
+
 @op("Loop")
 def loop(trips: Number | None, condition: Number | None, *carried: Value, body: Body, outputs: int) -> Any:
     """A graph run a known number of times; values are handed on, and what each run adds is stacked."""
@@ -45,6 +48,8 @@ def loop(trips: Number | None, condition: Number | None, *carried: Value, body: 
     going = True if condition is None else bool(condition)
     step = 0
     while going and (trips is None or step < trips):
+        if step == MOST:
+            raise Unsupported(f"it runs more than {MOST} times, and every run is written out")
         counter = Known.of(np.array(step, np.int64))
         going_on, *results = body(counter, Known.of(np.array(True)), *values)
         if not isinstance(going_on, Known):

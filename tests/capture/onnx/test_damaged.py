@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx_graphs import model, node
 
 from tamis.capture.onnx.source import load_onnx
 from tamis.errors import TamisError
-from tamis.onnx_errors import MalformedGraph
+from tamis.onnx_errors import MalformedGraph, NodeFailed
 
 NODES = (
     node("Shape", "x", "sizes"),
@@ -79,3 +79,15 @@ def test_more_axes_than_an_array_has(tmp_path: Path) -> None:
     content = onnx.ModelProto.FromString(WHOLE)
     content.graph.initializer.append(TensorProto(name="w", dims=[0] * 65, data_type=TensorProto.FLOAT))
     assert "tensor 'w' has 65 axes" in refused(tmp_path, content.SerializeToString())
+
+
+def test_a_loop_of_too_many_runs_is_refused(tmp_path: Path) -> None:
+    names = {"i": TensorProto.INT64, "t": TensorProto.BOOL, "a": TensorProto.FLOAT}
+    inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in names.items()]
+    outputs = [helper.make_tensor_value_info(name, names[name[0]], None) for name in ("t2", "a2")]
+    body = helper.make_graph([node("Identity", "t", "t2"), node("Add", "a a", "a2")], "body", inputs, outputs)
+    path = tmp_path / "m.onnx"
+    onnx.save(model([node("Loop", "trips _ x", "y", body=body)], trips=2**40), path)
+    loaded = load_onnx(str(path))
+    with pytest.raises(NodeFailed, match="it runs more than 512 times, and every run is written out"):
+        loaded.module(*loaded.args)
