@@ -94,7 +94,7 @@ def flops(*_: Any, **__: Any) -> int:
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests."""
     generator = torch.Generator().manual_seed(0)
-    for batch, tokens, out in [(2, 9, 5), (3, 7, 7), (1, 6, 1)]:
+    for batch, tokens, out in [(2, 9, 5), (3, 7, 7), (1, 6, 1), (2, 41, 17), (1, 1, 1)]:
         led = torch.stack([torch.randperm(tokens, generator=generator)[:out] for _ in range(batch)])
         slot = torch.randint(0, out, (batch, tokens), generator=generator)
         slot = slot.scatter(1, led, torch.arange(out).expand(batch, out))
@@ -116,6 +116,6 @@ ORDER_SLOTS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="order",
     )
 )

@@ -65,6 +65,8 @@ def samples() -> Iterator[tuple[Any, ...]]:
     for rule in rules:
         yield torch.arange(7) < lengths, rule.out(7), rule.prefix, rule.flat()
         yield (torch.arange(7) < lengths).flip(1), rule.out(7), rule.prefix, rule.flat()
+    long = torch.rand(2, 53, generator=torch.Generator().manual_seed(0)) < 0.8
+    yield long, rules[1].out(53), 2, rules[1].flat()
     yield torch.ones(0, 5, dtype=torch.bool), 3, 1, rules[0].flat()
 
 
@@ -77,6 +79,6 @@ VALID_SLOTS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="valid",
     )
 )

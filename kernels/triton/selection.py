@@ -23,7 +23,8 @@ SPLIT_ABOVE = 1024  # tokens of a row from which on one program is too slow, and
 _NO_LIMIT = 2**31 - 1
 _LINEAR_TERMS = 2
 # arguments of kernels that differ between layers: one binary serves them all
-COUNTS = ["tokens", "half", "prefix", "out", "extra", "count", "valid_batch", "scores_batch", "rank_batch", "limit"]
+COUNTS = ["tokens", "half", "prefix", "out", "extra", "count", "limit"]
+COUNTS += ["valid_batch", "slot_batch", "scores_batch", "rank_batch"]
 COUNTS += [f"{part}_{i}" for i in range(_LINEAR_TERMS) for part in ("slope", "offset", "divisor")]
 
 
