@@ -6,17 +6,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from tamis.capture.onnx import table
 from tamis.capture.onnx.conformance import Result, attempt, node_tests
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "onnx_support.md"
 ENOUGH = 0.97
+CPU = "CPUExecutionProvider"
 HEAD = """\
 # Operators of ONNX files
 
@@ -30,6 +34,19 @@ integers, float4, float8e8m0) or of text. The last column leaves those out; unde
 
 | operator | tests | passed | of types that are read |
 |---|---|---|---|
+"""
+CONTRIB = """
+## Operators of ONNX Runtime
+
+The domain `{domain}` has no node tests. What its fused operators do is held against ONNX Runtime {version} itself,
+one node at a time over their attributes and optional inputs, through capture: {there}.
+
+ONNX Runtime has no CPU kernel for these, which are held against the same said with other operators: {missing}.
+
+Weights of few bits (`MatMulNBits`) become floats when a file is read, and are floats in what is written. At its
+accuracy level 4 ONNX Runtime rounds the other factor to integers too, which tamis does not. Refused, or carried through
+where ONNX Runtime can do it: attention that rotates by itself (`do_rotary` of `Attention`), caches that are quantised
+or hold a window, past and present in one buffer whose filling is an input of its own, and rows without padding.
 """
 
 
@@ -49,12 +66,23 @@ def page(results: Sequence[Result]) -> str:
     )
     names = sorted(name for domain, name in table.TABLE if not domain)
     text += "".join(row(name, [one for one in results if name in one.operations]) for name in names)
-    contrib = sorted(name for domain, name in table.TABLE if domain == table.CONTRIB)
-    text += f"\nOf the domain `{table.CONTRIB}`, without node tests: {', '.join(contrib)}.\n"
+    text += contributed()
     text += "\n## Tests that fail\n\n"
     for one in failed:
         text += f"- `{one.name}`: {one.reason}\n"
     return text
+
+
+def contributed() -> str:
+    """The section on ONNX Runtime's own operators."""
+    names = sorted(name for domain, name in table.TABLE if domain == table.CONTRIB)
+    found = [(one.provider, one.domain, one.op_name) for one in state.get_all_opkernel_def()]
+    kernels = {name for provider, domain, name in found if provider == CPU and domain == table.CONTRIB}
+    there, missing = [name for name in names if name in kernels], [name for name in names if name not in kernels]
+    text = CONTRIB.format(
+        domain=table.CONTRIB, version=onnxruntime.__version__, there=", ".join(there), missing=", ".join(missing)
+    )
+    return "\n".join(textwrap.fill(line, 120) for line in text.splitlines()) + "\n"
 
 
 def row(name: str, results: Sequence[Result]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,11 @@ import pytest
 import torch
 from onnx_node import Case, got, want
 from torch import Tensor
+
+from tamis.capture.onnx import table
+from tamis.capture.onnx.example import example_of
+from tamis.capture.onnx.module import OnnxModule
+from tamis.capture.onnx.reader import from_proto
 
 GENERATOR = torch.Generator().manual_seed(1)
 
@@ -164,6 +171,11 @@ def test_layers_of_sums_and_products() -> None:
     np.testing.assert_allclose(fast, want(Case("FastGelu", [x @ weight]))[0], rtol=1e-5, atol=1e-6)
 
 
+def test_the_simplified_norm_of_either_domain_is_the_same() -> None:
+    norm = Case("SimplifiedLayerNormalization", [X, ROW], {"axis": -1, "epsilon": 1e-3})
+    np.testing.assert_allclose(got(norm)[0], want(replace(norm, domain=""))[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_relative_position_bias_is_t5s(both: bool) -> None:
     from transformers import T5Config
@@ -192,3 +204,18 @@ def test_gated_relative_position_bias() -> None:
     update, reset = torch.sigmoid(sums).chunk(2, -1)
     expected = (update * (reset * constant - 1.0) + 2.0) * relative
     np.testing.assert_allclose(result, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_every_operation_of_the_domain_has_a_test() -> None:
+    table.fill()
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    missing = [name for domain, name in table.TABLE if domain == table.CONTRIB and f'"{name}"' not in tests]
+    assert missing == []
+
+
+def test_example_ids_are_in_the_tables_of_fused_embeddings() -> None:
+    ids = torch.zeros(2, 16, dtype=torch.int32)
+    tables = [floats(3, 8), floats(16, 8), floats(1, 8), floats(8), floats(8)]
+    model = Case("EmbedLayerNormalization", [ids, ids, *tables], {}, (0, 1), range(2, 7)).model()
+    words, segments = example_of(OnnxModule(from_proto(model, "m.onnx", Path())), "m.onnx").args
+    assert (words.min(), words.max(), segments.max()) == (0, 2, 0)
