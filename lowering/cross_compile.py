@@ -80,6 +80,7 @@ class CrossCompiled:
             "versions": {"triton": triton.__version__, "torch": str(torch.__version__)},
             "sizes": _legend(self.lowered.graph),
             "kernels": [one.as_dict() for one in self.kernels],
+            "fused": [one.as_dict() for one in self.lowered.fired],
             "by_reference": [
                 {"node": one.node, "op": one.op.name, "reason": one.reason} for one in self.lowered.placed if one.reason
             ],
