@@ -143,9 +143,9 @@ def reduce_kernel(x, added, scale, slot, leader, moved, weight, valid, gamma, be
 
 
 def why_not(x: Tensor, *_: Any) -> str:
-    """Float64 is for tests; a number of features that is a symbol has no tile."""
-    if x.dtype == torch.float64:
-        return "it computes in float32, and the tokens are float64"
+    """It computes in float32, which neither float64 nor integers fit in; a number of features must be known to tile."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, and the tokens are {str(x.dtype).removeprefix('torch.')}"
     return "" if isinstance(x.shape[2], int) else "the number of features is not known"
 
 

@@ -80,3 +80,9 @@ def test_a_row_of_the_batch_is_computed_as_if_alone():
         alone = run(REDUCE_NORM, x_i, added, None, *plan_i, weight_i, *norm)
         for have, want in zip(alone, whole, strict=True):
             assert torch.equal(have, want[i : i + 1])
+
+
+@pytest.mark.parametrize(("dtype", "served"), [(torch.float16, True), (torch.float64, False), (torch.int64, False)])
+def test_what_does_not_fit_in_float32_is_not_served(dtype, served):
+    x, *plan, _ = drawn_plan(1, 5, 3, 2)
+    assert (REDUCE.why_not(x.to(dtype), *plan, None, False) == "") is served
