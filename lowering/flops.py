@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,8 +41,8 @@ def count_flops(program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[st
     given = iter(pytree.tree_leaves((args, kwargs)))
     user_inputs = set(program.graph_signature.user_inputs)
     counter = _Counter(program.graph_module)
-    # without autograd attention goes straight to the kernels that have formulas
-    with torch.no_grad(), FakeTensorMode() as mode:
+    # without autograd attention goes straight to the kernels that have formulas; sizes that depend on data are symbols
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv()) as mode:
         values = [
             _fake(next(given) if node.name in user_inputs else node.meta["val"], mode)
             for node in program.graph.nodes

@@ -115,6 +115,8 @@ def test_the_callable_computes_what_onnx_runtime_does(spliced: Spliced, fast: Co
 
 def test_tokens_are_merged_and_the_file_is_written(tmp_path: Path, spliced: Spliced, fast: CompiledModel) -> None:
     assert all(row.tokens_out < row.tokens_in for row in fast.report.layers)
+    assert "FLOPs (1." in str(fast.report)
+    assert "not compared" not in str(fast.report)
     fast.export(tmp_path / "fast.onnx")
     for batch in (1, 3, 4):
         spliced.agrees(fast, batch, tmp_path / "fast.onnx")

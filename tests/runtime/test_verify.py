@@ -36,6 +36,12 @@ def test_all_tokens_of_an_entry_are_one_row() -> None:
     assert drift(tokens, moved).relative_l2 == pytest.approx(math.sqrt(2 / 8))
 
 
+def test_of_one_axis_every_number_is_a_row() -> None:
+    result = drift(torch.tensor([4.0, 2.0, 1.0]), torch.tensor([4.0, 3.0, 1.0]))
+    assert (result.relative_l2, result.rows) == (0.5, 3)
+    assert drift(torch.empty(0, 4), torch.empty(0, 4)).relative_l2 == 0.0
+
+
 def test_masked_tokens_do_not_count() -> None:
     tokens = torch.ones(2, 3, 4)
     moved = tokens.clone()
