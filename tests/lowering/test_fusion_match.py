@@ -14,7 +14,10 @@ from zoo import FAMILIES
 import tamis.kernels  # noqa: F401  (registers the ops)
 from tamis.capture.program import copied, rebuild
 from tamis.counts import HALF, CountRule, at_most
+from tamis.kernels.triton.ahead import Signature
+from tamis.kernels.triton.architecture import Architecture
 from tamis.lowering.fusion import fuse
+from tamis.lowering.gpu import for_gpu
 from tamis.lowering.splice import op_of
 
 EVERY_LAYER = {"vit_small": "tome:r=13", "bert": "tome:keep_ratio=0.7", "hf_dinov3": "tome:r=3"}
@@ -44,6 +47,20 @@ def test_every_match_reads_the_keys(family):
     with torch.no_grad():
         expected, got = (pytree.tree_leaves(one.module()(*args, **kwargs)) for one in (program, changed))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", EVERY_LAYER)
+def test_each_match_is_one_launch_and_layers_share_a_binary(family):
+    placed = for_gpu(rewritten(family, EVERY_LAYER[family], torch.float32).graph.program).placed
+    architecture = Architecture.named("sm_90")
+    signatures = []
+    for one in placed:
+        if one.op.name == "match_keys":
+            (launch,), _ = one.twin.work(architecture, *one.arguments)
+            signatures.append(Signature.of(launch, architecture))
+    assert len(signatures) >= 2
+    # the first layer's mask is a view of the user's, with strides of its own
+    assert all(one == signatures[-1] for one in signatures[family == "bert" :])
 
 
 class Match(nn.Module):
