@@ -52,14 +52,29 @@ class Attention:
     """Statistics of the attention just passed, computed on demand from q and k, never from an N x N matrix.
 
     Rows are softmax(q k^T * scale + bias) in float32, with the padding, the size bias and the bias for pairs of tokens
-    (relative positions) that the attention itself had.
+    (relative positions) that the attention itself had; grouped heads have as many rows as there are query heads.
+    Attention under a soft cap has no statistics yet.
     """
 
     class_row: Callable[[], Tensor]
+    columns: Callable[[], Tensor]
+    picked_rows: Callable[[Tensor], Tensor]
 
     def cls_row(self) -> Tensor:
         """Attention of the class token (the first real token) to every token.  -> [B, H, N] float32."""
         return self.class_row()
+
+    def received(self) -> Tensor:
+        """Attention every token receives: the mean over the real tokens that ask, each once.  -> [B, H, N] float32.
+
+        Adds up to 1 over the tokens.  Costs the product of queries and keys again, twice where the attention itself
+        does not give its log-sum-exp; never a matrix on a GPU.
+        """
+        return self.columns()
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Attention of the tokens at index [B, R] int64 to every token.  -> [B, H, R, N] float32."""
+        return self.picked_rows(index)
 
 
 @dataclass

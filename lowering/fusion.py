@@ -19,7 +19,7 @@ from ..graph import module_path
 from ..op import Op
 from .splice import PROVENANCE, fake_mode_of, without_guards
 
-FUSIONS: tuple[str, ...] = ("fusion_match", "fusion_merge")
+FUSIONS: tuple[str, ...] = ("fusion_match", "fusion_merge", "fusion_attention")
 
 
 @dataclass(frozen=True)

@@ -163,27 +163,53 @@ class CutRunner:
         return value if epoch == state.epoch else state.gather(value, 2, 0, epoch)
 
     def _attention(self, site: Site) -> Attention:
+        if site.softcap is not None:
+            raise NotImplementedError("statistics of attention under a soft cap")
         state, keys, queries = self._state, self._at_site(site.k), self._at_site(site.q)
 
         def class_row() -> Tensor:
             first = None if state.valid is None or state.plans else state.valid.to(torch.int64).argmax(1, keepdim=True)
             query = queries[:, :, :1] if first is None else take_rows(queries, first, 2, 0)
-            mask = self._mask_row(site, first)
-            return torch.ops.tamis.attention_rows(query, keys, state.key_bias(), mask, site.scale)[:, :, 0]
+            return probabilities(query, self._mask_rows(site, slice(1) if first is None else first))[:, :, 0]
 
-        return Attention(class_row)
+        def rows(index: Tensor) -> Tensor:
+            mask = self._mask_rows(site, index)
+            mask = _without_later(mask, index, keys) if site.causal else mask
+            return probabilities(take_rows(queries, index, 2, 0), mask)
 
-    def _mask_row(self, site: Site, first: Tensor | None) -> Tensor | None:
-        """[., ., 1, N] what a mask for pairs of tokens says of the first token (`first` [B, 1]); None without one."""
+        def probabilities(few: Tensor, mask: Tensor | None) -> Tensor:
+            return torch.ops.tamis.attention_rows(few, keys, state.key_bias(), mask, site.scale)
+
+        def columns() -> Tensor:
+            bias, mask = state.key_bias(), self._mask_rows(site, slice(None))
+            rest = site.scale, site.causal
+            lse = torch.ops.tamis.attention_lse(queries, keys, bias, mask, *rest)
+            return torch.ops.tamis.attention_received(queries, keys, lse, bias, mask, state.valid, *rest)
+
+        return Attention(class_row, columns, rows)
+
+    def _mask_rows(self, site: Site, rows: slice | Tensor) -> Tensor | None:
+        """[., ., R, N] what a mask for pairs of tokens says of some (a slice, or [B, R]); None without such a mask."""
         if site.mask.node is None or site.mask.kind in ("full", "padding"):
             return None
         mask: Tensor = self._live(site.mask.node)
-        mask, state = mask[(None,) * (4 - mask.dim())], self._state
+        mask, state = mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())], self._state
         if state.plans:
-            index = state.leader(0)
+            leaders = state.leader(0)
+            picked = leaders[:, rows] if isinstance(rows, slice) else leaders.gather(1, rows)
             mask = mask.expand(state.batch, -1, -1, -1)
-            return take_rows(take_rows(mask, index[:, :1], 2, 0), index, 3, 0)
-        return mask[:, :, :1] if first is None else take_rows(mask.expand(state.batch, -1, -1, -1), first, 2, 0)
+            return take_rows(take_rows(mask, picked, 2, 0), leaders, 3, 0)
+        return (
+            mask[:, :, rows] if isinstance(rows, slice) else take_rows(mask.expand(state.batch, -1, -1, -1), rows, 2, 0)
+        )
+
+
+def _without_later(mask: Tensor | None, index: Tensor, keys: Tensor) -> Tensor:
+    """The mask [., ., R, N] of the tokens at index [B, R], who see no later token."""
+    seen = (torch.arange(keys.shape[2], device=keys.device) <= index.unsqueeze(-1)).unsqueeze(1)
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
 
 
 def real_tokens(mask: Tensor) -> Tensor:

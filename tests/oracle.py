@@ -137,7 +137,7 @@ class Stream:
                 "positions": lambda: self._positions(x),
                 "source": lambda: self._source_now(x),
             },
-            _attention=lambda: Attention(self._class_row),
+            _attention=lambda: Attention(self._class_row, self._received, self._some_rows),
         )
 
     def _class_row(self) -> Tensor:
@@ -146,6 +146,15 @@ class Stream:
             return rows[:, :, 0]
         first = self.valid.int().argmax(1)
         return torch.stack([rows[b, :, i] for b, i in enumerate(first.tolist())])
+
+    def _received(self) -> Tensor:
+        rows = self._probabilities().float()
+        real = torch.ones(rows.shape[0], rows.shape[2]) if self.valid is None else self.valid.float()
+        return torch.einsum("bhij,bi->bhj", rows, real) / real.sum(1)[:, None, None]
+
+    def _some_rows(self, index: Tensor) -> Tensor:
+        rows = self._probabilities().float()
+        return torch.stack([rows[b, :, chosen] for b, chosen in enumerate(index)])
 
     def _source_now(self, x: Tensor) -> Tensor:
         if self.source is not None:
