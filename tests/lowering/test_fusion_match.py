@@ -59,7 +59,7 @@ def test_each_match_is_one_launch_and_layers_share_a_binary(family):
             (launch,), _ = one.twin.work(architecture, *one.arguments)
             signatures.append(Signature.of(launch, architecture))
     assert len(signatures) >= 2
-    # the first layer's mask is a view of the user's, with strides of its own
+    # which tokens the first layer of BERT sees is read off a matrix, with strides of its own
     assert all(one == signatures[-1] for one in signatures[family == "bert" :])
 
 
