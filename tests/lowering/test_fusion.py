@@ -34,6 +34,11 @@ EXPECTED = {
         ("blocks.2", f"mul + {LAST}"),
     ],
     ("hf_vit", "tome:r=3"): [("layers.0", MERGED), ("layers.1", MERGED), ("layers.2", LAST)],
+    ("modernbert", "tome:keep_ratio=0.8"): [
+        ("layers.0", "add + merge_tokens + layer_norm + where + log"),
+        ("layers.1", "add + merge_tokens + layer_norm + where + log"),
+        ("layers.2", LAST),
+    ],
     ("bert", "tome:keep_ratio=0.7"): [
         ("encoder.layer.0.attention.output.LayerNorm", f"{POST_NORM} + where + log"),
         ("encoder.layer.1.attention.output.LayerNorm", f"{POST_NORM} + where + log"),
