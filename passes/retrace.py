@@ -17,6 +17,8 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from .quick_shapes import quick_shapes
+
 
 def retrace(program: ExportedProgram, run: Callable[..., list[Any]]) -> fx.GraphModule:
     """Trace `run`, called with fake values for the program's placeholders; it returns the new outputs.
@@ -28,7 +30,14 @@ def retrace(program: ExportedProgram, run: Callable[..., list[Any]]) -> fx.Graph
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders]
     mode: Any = detect_fake_mode(values)
-    with mode, _without_cache(mode), mode.shape_env.suppress_guards(), preserve_node_meta(), torch.no_grad():
+    with (
+        mode,
+        _without_cache(mode),
+        quick_shapes(),
+        mode.shape_env.suppress_guards(),
+        preserve_node_meta(),
+        torch.no_grad(),
+    ):
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     _restore_placeholders(traced, placeholders)
     traced.graph.eliminate_dead_code()

@@ -1,0 +1,83 @@
+"""`quick_shapes`: shape rules for the ops that most of a transformer consists of, while a graph is executed again.
+
+With a symbolic size torch finds the shape of a matrix product or a normalisation by executing its decomposition on fake
+tensors, which is half the time of a rewrite.  The rules here say the same at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_impls
+
+aten = torch.ops.aten
+
+
+@contextmanager
+def quick_shapes() -> Iterator[None]:
+    """Use the rules inside; fake modes of all threads see them, and get what torch would say, only sooner."""
+    rules: dict[Any, Callable[..., Any]] = fake_impls.get_fast_op_impls()
+    added = {op: rule for op, rule in RULES.items() if op not in rules}
+    rules.update(added)
+    try:
+        yield
+    finally:
+        for op in added:
+            del rules[op]
+
+
+def _mm(mode: Any, a: Tensor, b: Tensor) -> Tensor:
+    torch._check(a.dim() == 2 and b.dim() == 2, lambda: f"expected matrices, got {a.dim()}D and {b.dim()}D")
+    torch._check(
+        a.shape[1] == b.shape[0],
+        lambda: f"mat1 and mat2 shapes cannot be multiplied ({_shown(a)} and {_shown(b)})",
+    )
+    _check_dtypes(a, b)
+    with mode:
+        return a.new_empty((a.shape[0], b.shape[1]))
+
+
+def _addmm(mode: Any, bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    _check_dtypes(a, bias)
+    result = _mm(mode, a, b)
+    pairs = zip(bias.shape[::-1], (b.shape[1], a.shape[0]), strict=False)  # a vector has no rows
+    torch._check(
+        bias.dim() <= 2 and all(size in (1, other) for size, other in pairs),
+        lambda: f"a bias of shape {_shown(bias)} does not fit a product of shape {_shown(result)}",
+    )
+    return result
+
+
+def _layer_norm(
+    mode: Any, x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = x.dim() - len(shape)
+    for name, one in (("input", x.shape[kept:]), ("weight", weight), ("bias", bias)):
+        sizes = one.shape if isinstance(one, Tensor) else one
+        torch._check(
+            sizes is None or tuple(sizes) == tuple(shape), lambda name=name: f"layer_norm: {name} is not of {shape}"
+        )
+    with mode:
+        moments = (*x.shape[:kept], *(1 for _ in shape))
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        mean, rstd = (x.new_empty(moments, dtype=wide) for _ in range(2))
+        return x.new_empty(x.shape), mean, rstd
+
+
+def _check_dtypes(a: Tensor, b: Tensor) -> None:
+    torch._check(a.dtype == b.dtype, lambda: f"expected the same dtype, got {a.dtype} and {b.dtype}")
+
+
+def _shown(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.native_layer_norm.default: _layer_norm,
+}
