@@ -10,11 +10,12 @@ from torch import fx
 
 from ..kernels.attention import ATTENTION
 from ..kernels.quantized_attention import QUANTIZED_ATTENTION
-from .attention_match import Match, NearMiss, find_near_misses, match_attention
+from .attention_logits import NearMiss
+from .attention_match import Match, find_near_misses, match_attention
 from .nodes import new_node
 
 aten = torch.ops.aten
-__all__ = ["NearMiss", "find_near_misses", "raise_attention"]
+__all__ = ["find_near_misses", "raise_attention"]
 
 
 def raise_attention(graph: fx.Graph) -> list[fx.Node]:

@@ -75,8 +75,9 @@ def file_names(program: ExportedProgram, interface: Interface | None, *, token_m
     dimensions: dict[str, str] = {}
     for node, named in zip(nodes, interface.dimensions, strict=True):
         for axis, name in named:
-            symbol = str(node.meta["val"].shape[axis])
-            dimensions[symbol] = dimensions.get(symbol) or name
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, torch.SymInt):
+                dimensions[str(size)] = dimensions.get(str(size)) or name
     found = {"input_names": interface.inputs, "output_names": outputs, "dimensions": dimensions}
     return {**found, "weight_names": interface.weights, "results": interface.results}
 

@@ -68,10 +68,11 @@ def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Calls]:
 
 
 def _caller(op: Op, calls: Calls) -> Callable[..., Any]:
-    assert op.onnx is not None
+    written = op.onnx
+    assert written is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        made = op.onnx(*args, **kwargs)
+        made = written(*args, **kwargs)
         calls.add(made)
         several, dtypes, shapes = _results(op, args, kwargs)
         outputs = torch.onnx.ops.symbolic_multi_out(
@@ -147,8 +148,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
         size = standard.Gather(standard.Shape(x), standard.Constant(value_ints=[dim]))
         return standard.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
+    counted = OPS["token_count"].onnx
+    assert counted is not None
+
     def count(like: Any, axis: int, prefix: int, rule: list[int]) -> Any:
-        made = OPS["token_count"].onnx(like, axis, prefix, rule)
+        made = counted(like, axis, prefix, rule)
         inputs = [standard.Constant(value_ints=one) if isinstance(one, list) else one for one in made.inputs]
         return made.function.function(*inputs, **made.attributes)
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from ..graph import TokenGraph, module_path, op_name
+from ..graph import TokenGraph, module_path, op_name, source_line
 from ..report import LayerRow
 from ..rewrite import Outcome
 from .inputs import Call, size_at, symbols_of
@@ -81,18 +81,21 @@ def attention_tokens(program: ExportedProgram, call: Call) -> list[int]:
 
 
 def flops_per_layer(graph: TokenGraph, program: ExportedProgram, by_node: Mapping[str, int]) -> dict[int, int]:
-    """FLOPs of each layer of the stream, in the captured program or a rewritten one; {} when modules are not known.
+    """FLOPs of each layer of the stream, in the captured program or a rewritten one; {} when layers cannot be told.
 
-    A node belongs to the layer whose module made it.  Names would not do: a rewrite numbers nodes anew.  What a rewrite
-    added has no module of its own and belongs to the layer before it.
+    A node belongs to the layer whose module made it; in a model without modules, to that whose line (whose node of an
+    ONNX file) did.  Names would not do: a rewrite numbers nodes anew.  What a rewrite added has no module of its own
+    and belongs to the layer before it.
     """
     owners = {path: layer for layer, path in layer_modules(graph).items()}
+    lines = {} if owners else layer_lines(graph)
     totals: dict[int, int] = {}
     current: int | None = None
     for node in program.graph.nodes:
-        path = module_path(node)
+        path = module_path(node) if owners else source_line(node)
         if path:
-            current = next((layer for owner, layer in owners.items() if f"{path}.".startswith(f"{owner}.")), None)
+            within = (layer for owner, layer in owners.items() if f"{path}.".startswith(f"{owner}."))
+            current = next(within, None) if owners else lines.get(path)
         if current is not None:
             totals[current] = totals.get(current, 0) + by_node.get(node.name, 0)
     return totals
@@ -111,6 +114,23 @@ def layer_modules(graph: TokenGraph) -> dict[int, str]:
         if len(set(owners.values())) == len(owners):
             return owners
     return {}
+
+
+def layer_lines(graph: TokenGraph) -> dict[str, int]:
+    """Line of the user's model -> index of the layer between whose cuts it is; {} where one line makes several."""
+    names = [node.name for node in graph.graph.nodes]
+    starts = [names.index(layer.before_attention) for layer in graph.layers if layer.before_attention is not None]
+    if len(starts) < len(graph.layers):
+        return {}
+    last = graph.layers[-1].after_block if graph.layers else None
+    limits = [*starts[1:], len(names) if last is None else names.index(last)]
+    found: dict[str, int] = {}
+    for layer, start, limit in zip(graph.layers, starts, limits, strict=True):
+        for node in list(graph.graph.nodes)[start + 1 : limit + 1]:
+            line = source_line(node)
+            if line and found.setdefault(line, layer.index) != layer.index:
+                return {}
+    return found
 
 
 def _after(tokens: int | None, outcome: Outcome) -> int | None:

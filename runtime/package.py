@@ -97,8 +97,8 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
     def hold_against_torch(draft: Path) -> None:
         calls = other_sizes(program, model.example_call) or [model.example_call]
         reference, compared = lower(program, model.target), real_tokens_of(program)
-        options = {"compared": compared, "shown": path, "as_written": is_quantised(program)}
-        check_onnx(draft, reference, calls, budget_of(program), **options)
+        budget, as_written = budget_of(program), is_quantised(program)
+        check_onnx(draft, reference, calls, budget, compared=compared, shown=path, as_written=as_written)
 
     check_file(Path(path), overwrite)
     try:

@@ -141,6 +141,9 @@ def test_the_round_trip_keeps_integers(name: str, how: str, per_channel: bool, t
 def test_tokens_are_merged(name: str, how: str, per_channel: bool, tmp_path: Path) -> None:
     path, out = quantised(name, how, per_channel), tmp_path / "out.onnx"
     fast = tamis.compile(str(path), passes="tome:r=2")
+    for row in fast.report.layers:
+        assert 0 < row.flops_after < row.flops_before
+    assert sum(row.flops_before for row in fast.report.layers) <= fast.report.flops_before
     fast.export(str(out))
     matches = [node.op_type for node in onnx.load(out).graph.node if node.op_type.startswith("BipartiteMatch")]
     assert len(matches) == LAYERS
