@@ -1,0 +1,95 @@
+"""Attention's kernels where samples do not reach: keys hidden in whole tiles, queries that see none, other types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from budgets import assert_within_budget, in_float64
+
+import tamis.kernels  # noqa: F401  (registers the ops)
+from tamis.kernels.triton import twin_of
+from tamis.kernels.triton.launch import run
+from tamis.op import OPS
+
+INFINITE = float("inf")
+
+
+def kernel(name: str, *args: Any) -> Any:
+    twin = twin_of(OPS[name])
+    assert twin is not None
+    assert not twin.why_not(*args)
+    return run(twin, *args)
+
+
+def tensors(rows: int = 19, keys: int = 53, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """q [2, 4, rows, 24], and k and v of two heads, as slices of packed projections."""
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [(4, rows), (2, keys), (2, keys)]
+    packed = [torch.randn(2, n, 2, heads, 24, generator=generator).to(dtype) for heads, n in shapes]
+    return [x[:, :, 1].transpose(1, 2) for x in packed]
+
+
+def compare(name: str, *args: Any) -> None:
+    op = OPS[name]
+    assert_within_budget(kernel(name, *args), op.reference(*args), op.reference(*in_float64(args)))
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 32), slice(16, 48), slice(1, 53)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter multiplies bfloat16 as integers
+def test_whole_tiles_of_hidden_keys_change_nothing(hidden, dtype):
+    q, k, v = tensors(dtype=dtype)
+    bias = torch.zeros(2, 53)
+    bias[:, hidden] = -INFINITE
+    compare("attention_with_lse", q, k, v, bias, None, 0.3, False)
+    compare("attention_rows", q, k, bias, None, 0.3)
+    lse = OPS["attention_lse"].reference(q, k, bias, None, 0.3, False)
+    compare("attention_received", q, k, lse, bias, None, None, 0.3, False)
+
+
+@pytest.mark.parametrize(("scale", "causal"), [(0.3, False), (0.3, True), (0.0, False), (-0.3, False)])
+def test_any_scale(scale, causal):
+    """Causal ones only where torch has them: it takes the root of the scale."""
+    q, k, v = tensors(53, 37)
+    compare("attention_with_lse", q, k, v, None, None, scale, causal)
+    compare("attention", q, k, v, None, None, scale, causal, 2.0)
+
+
+def test_a_query_that_sees_no_key_gets_zeros_and_attends_to_nothing():
+    q, k, v = tensors()
+    seen = torch.rand(2, 1, 19, 53, generator=torch.Generator().manual_seed(0)) > 0.5
+    seen[..., 0] = True
+    seen[1, :, 7] = False
+    out, lse = kernel("attention_with_lse", q, k, v, None, seen, 0.3, False)
+    assert torch.equal(out[1, :, 7], torch.zeros(4, 24))
+    assert torch.equal(lse[1, :, 7], torch.full((4,), -INFINITE))
+    expected, expected_lse = (OPS[name].reference for name in ("attention", "attention_lse"))
+    others = [row for row in range(19) if row != 7]
+    truth = expected(q, k, v, None, seen, 0.3, False)
+    torch.testing.assert_close(out[:, :, others], truth[:, :, others], rtol=1e-5, atol=1e-6)
+    received = kernel("attention_received", q, k, lse, None, seen, None, 0.3, False)
+    shares = (expected_lse(q, k, None, seen, 0.3, False) > -INFINITE).float().mean(-1)
+    torch.testing.assert_close(received.sum(-1), shares, rtol=1e-5, atol=1e-6)
+    rows = kernel("attention_rows", q, k, None, seen, 0.3)
+    assert rows[1, :, 7].isnan().all()
+    assert rows[:, :, others].isfinite().all()
+
+
+def test_the_kernel_s_own_log_sum_exp_makes_columns_that_add_up_to_one():
+    q, k, v = tensors(53, 53)
+    for causal in (False, True):
+        _, lse = kernel("attention_with_lse", q, k, v, None, None, 0.3, causal)
+        received = kernel("attention_received", q, k, lse, None, None, None, 0.3, causal)
+        torch.testing.assert_close(received.sum(-1), torch.ones(2, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_what_kernels_do_not_take_is_said():
+    q, k, v = tensors()
+    twin = twin_of(OPS["attention"])
+    assert twin is not None
+    rest = (None, None, 0.3, False)
+    assert "float64" in twin.why_not(q.double(), k.double(), v.double(), *rest)
+    assert "one of float16" in twin.why_not(q.half(), k, v, *rest)
+    wide = torch.zeros(1, 1, 4, 160)
+    assert "head sizes up to 128, not 160" in twin.why_not(wide, wide, wide, *rest)
