@@ -10,6 +10,7 @@ if __name__ == "tamis.kernels":
     from . import bipartite_match as bipartite_match
     from . import dequantize_linear as dequantize_linear
     from . import dynamic_quantize_linear as dynamic_quantize_linear
+    from . import energy_match as energy_match
     from . import hash_scores as hash_scores
     from . import match_keys as match_keys
     from . import matmul_integer as matmul_integer

@@ -45,7 +45,7 @@ def reference(
     metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the module."""
-    unit = _unit_vectors(metric)
+    unit = unit_vectors(metric)
     if valid is None:
         return _match_all(unit, out, prefix)
     return _match_real(unit, valid, out, CountRule.from_flat(prefix, rule))
@@ -122,7 +122,8 @@ def _slots_of_rest(rank: Tensor, prefix: int, first_b: int, slot_of_b: Any) -> T
     return torch.where(rank < prefix, rank, slot) if prefix else slot
 
 
-def _unit_vectors(metric: Tensor) -> Tensor:
+def unit_vectors(metric: Tensor) -> Tensor:
+    """Rows of length 1 in compute precision; zeros for those whose norm is zero, infinite or NaN."""
     x = metric.to(compute_dtype(metric))
     unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
     return unit.nan_to_num(nan=0.0)

@@ -13,9 +13,12 @@ from ..tokens import Plan, Tokens
 
 def match_plan(tokens: Tokens, metric: Tensor) -> Plan:
     """Merge the most similar pairs of a bipartite split (ToMe card 1.2); metric [B, N, D], cosine similarity."""
-    slot, leader, moved = torch.ops.tamis.bipartite_match(
-        metric, tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat()
-    )
+    rule = tokens.prefix, tokens.rule.flat()
+    return merge_plan(tokens, *torch.ops.tamis.bipartite_match(metric, tokens.valid, tokens.out, *rule))
+
+
+def merge_plan(tokens: Tokens, slot: Tensor, leader: Tensor, moved: Tensor) -> Plan:
+    """Merge by size: what a matching op answered (slot [B, N], leader [B, N'], moved [B, N - N']) as a plan."""
     padded = tokens.valid is not None
     return Plan(slot, leader, tokens.out, moved, weight=tokens.sizes, valid=next_valid(tokens), spare=padded)
 

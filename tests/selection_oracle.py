@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tamis.counts import CountRule
 
 Row = tuple[list[int], list[int], list[int]]
@@ -20,6 +22,44 @@ def match_row(similarity: list[list[float]], valid: list[bool], out: int, rule: 
         staying = list(a)
     if rule.prefix:
         staying = sorted(staying)
+    leader = protected + staying + b
+    slot = [-1] * len(valid)
+    for place, i in enumerate(leader):
+        slot[i] = place
+    for i in merging:
+        slot[i] = slot[partner[i]]
+    return _padded(slot, leader, sorted(merging), out, len(valid) - out)
+
+
+def energy_row(
+    similarity: list[list[float]],
+    valid: list[bool],
+    out: int,
+    rule: CountRule,
+    margin: float,
+    alpha: float,
+    paper: bool,
+    halves: bool,
+) -> Row:
+    """slot, leader and moved of one row."""
+    real = [i for i, is_real in enumerate(valid) if is_real]
+    protected, free = real[: rule.prefix], real[rule.prefix :]
+
+    def part(s: float) -> float:
+        if paper:
+            return s if s >= margin else alpha * (math.exp(s - margin) - 1)
+        return s - margin if s > margin else alpha * (math.exp(s - margin) - 1)
+
+    energy = {i: math.fsum(part(similarity[i][j] if j != i else 1.0) for j in free) / len(free) for i in free}
+    order = sorted(free, key=lambda i: (-energy[i], i))
+    removed = rule.removed(len(real))
+    pool = order if halves else order[: 2 * removed]
+    a, b = pool[0::2], pool[1::2]
+    partner = {i: max(b, key=lambda j, i=i: (similarity[i][j], -order.index(j))) for i in a if b}
+    merging, staying = a, order[2 * removed :]
+    if halves:
+        ranked = sorted(a, key=lambda i: (-similarity[i][partner[i]] if b else 0, order.index(i)))
+        merging, staying = ranked[:removed], ranked[removed:]
     leader = protected + staying + b
     slot = [-1] * len(valid)
     for place, i in enumerate(leader):

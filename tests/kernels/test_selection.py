@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from selection_oracle import match_row, select_row
+from selection_oracle import energy_row, match_row, select_row
 
 from tamis.counts import ALL, HALF, CountRule, at_most, keep_at_least
 from tamis.kernels.bipartite_match import reference as match
+from tamis.kernels.energy_match import reference as energy_match
 from tamis.kernels.reduce_tokens import reference as reduce
 from tamis.kernels.select_tokens import reference as select
 
@@ -54,6 +55,57 @@ def test_match_equals_the_definition(padding, kind, prefix):
         got = match(metric, valid, rule.out(tokens), prefix, rule.flat())
         for a, b in zip(got, plan_of_rows(rows), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("kind", ["random", "ties"])
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_energy_match_equals_the_definition(padding, kind, halves, prefix):
+    generator = torch.Generator().manual_seed(prefix)
+    for case in range(20):
+        tokens = int(torch.randint(max(prefix, 1), 24, (1,), generator=generator))
+        rule = CountRule(prefix, ((at_most(case % 7), keep_at_least(0.7))[case % 2], HALF))
+        if kind == "ties":
+            metric = coarse_vectors(3, tokens, generator).double()
+        else:
+            metric = torch.randn(3, tokens, 4, generator=generator, dtype=torch.float64)
+        valid = None if padding == "none" else mask(padding, 3, tokens, 0 if case % 3 else 1, generator)
+        unit = metric / metric.norm(dim=-1, keepdim=True)
+        similarity = (unit @ unit.transpose(1, 2)).tolist()
+        real = torch.ones(3, tokens, dtype=torch.bool) if valid is None else valid
+        how = 0.25, 1.0, case % 3 == 0, halves
+        rows = [energy_row(similarity[i], real[i].tolist(), rule.out(tokens), rule, *how) for i in range(3)]
+        got = energy_match(metric, valid, rule.out(tokens), prefix, rule.flat(), *how)
+        if kind == "ties":  # sums of the same terms in another order differ in their last bits
+            assert [part.shape for part in got] == [part.shape for part in plan_of_rows(rows)]
+            continue
+        told_apart = real.sum(1) != prefix + 2  # two tokens always have one energy
+        for a, b in zip(got, plan_of_rows(rows), strict=True):
+            assert torch.equal(a[told_apart], b[told_apart])
+
+
+def test_energy_match_follows_tokens_wherever_they_stand():
+    generator = torch.Generator().manual_seed(0)
+    metric, rule = torch.randn(2, 19, 8, generator=generator, dtype=torch.float64), CountRule(1, (at_most(6), HALF))
+    order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(18, generator=generator)])
+    for halves in (False, True):
+        how = rule.out(19), 1, rule.flat(), 0.3, 1.0, False, halves
+        slot, leader, _ = energy_match(metric, None, *how)
+        shuffled, shuffled_leader, _ = energy_match(metric[:, order], None, *how)
+        assert torch.equal(shuffled, slot[:, order])
+        assert torch.equal(order[shuffled_leader], leader)
+
+
+def test_a_token_that_stands_alone_is_kept_and_the_larger_group_merges_first():
+    group, other = torch.tensor([1.0, 0.02, 0]), torch.tensor([0, 1.0, 0.02])
+    metric = torch.stack(
+        [group, group + 0.01, group - 0.01, group + 0.02, other, other + 0.01, torch.tensor([0, 0, -1.0])]
+    )
+    rule = CountRule(0, (at_most(2), HALF))
+    _, leader, moved = energy_match(metric.unsqueeze(0), None, rule.out(7), 0, rule.flat(), 0.9, 1.0, False, False)
+    assert set(moved[0].tolist()) <= {0, 1, 2, 3}
+    assert 6 in leader[0].tolist()
 
 
 @pytest.mark.parametrize("padding", PADDING)

@@ -7,6 +7,8 @@ import torch
 
 from tamis.counts import ALL, HALF, CountRule, at_most, keep_at_least
 from tamis.kernels.bipartite_match import reference as match
+from tamis.kernels.energy_match import _energy
+from tamis.kernels.energy_match import reference as energy_match
 from tamis.kernels.reduce_tokens import reference as reduce
 from tamis.kernels.select_tokens import reference as select
 
@@ -33,6 +35,38 @@ def test_tome(r, prefix, tokens, sizes, padded):
     after = reduce(SIZES.unsqueeze(2), slot, leader, moved, None, False).squeeze(2)
     assert after.tolist() == [sizes]
     assert (out * after.unsqueeze(2)).sum(1).tolist() == [[-1.0, 8.0]]
+
+
+PITOME_ANGLES = torch.deg2rad(torch.tensor([0.0, 0, 8, 16, 100, 104, 220]))  # the first is the class token's
+PITOME_KEYS = torch.stack([PITOME_ANGLES.cos(), PITOME_ANGLES.sin()], 1).unsqueeze(0)
+PITOME_X = torch.tensor([[[9.0, 9], [1, 0], [2, 0], [3, 0], [0, 1], [0, 3], [-4, -4]]])
+PITOME = [  # keep_ratio, tokens after, sizes after
+    (0.67, [(9, 9), (1, 0), (0, 1), (0, 3), (-4, -4), (2.5, 0)], [1, 1, 1, 1, 1, 2]),
+    (0.66, [(9, 9), (0, 3), (-4, -4), (2, 0), (0, 1)], [1, 1, 1, 3, 1]),
+]
+
+
+@pytest.mark.parametrize(("keep_ratio", "tokens", "sizes"), PITOME)
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_pitome(keep_ratio, tokens, sizes, paper, padded):
+    rule = CountRule(1, (keep_at_least(keep_ratio), HALF))
+    valid = torch.ones(1, 7, dtype=torch.bool) if padded else None
+    plan = energy_match(PITOME_KEYS, valid, rule.out(7), 1, rule.flat(), 0.75, 1.0, paper, False)
+    out = reduce(PITOME_X, *plan, None, True)
+    torch.testing.assert_close(out, torch.tensor([tokens], dtype=torch.float32), rtol=1e-6, atol=1e-7)
+    assert reduce(torch.ones(1, 7, 1), *plan, None, False).flatten().tolist() == sizes
+
+
+def test_pitome_energies():
+    keys, free = PITOME_KEYS.double(), torch.tensor([[False] + [True] * 6])
+    similarity = keys @ keys.transpose(1, 2)
+    for paper, expected in [
+        (False, [-0.218493, -0.197587, -0.182574, -0.306380, -0.318705, -0.591240]),
+        (True, [0.156507, 0.177413, 0.192426, -0.05638, -0.068705, -0.46624]),
+    ]:
+        got = _energy(similarity, free, 0.75, 1.0, paper)[0, 1:]
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 EVIT_SCORES = torch.tensor([[0.0, 0.05, 0.30, 0.10, 0.25, 0.02]])
