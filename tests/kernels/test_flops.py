@@ -25,6 +25,13 @@ BY_HAND = [
     # q k^T and A v: 6 heads of 64
     ("attention", (*[(8, 6, 197, 64)] * 3, (8, 197), None, 0.125, False), 2 * 2 * 8 * 6 * 197 * 197 * 64),
     ("attention", ((1, 4, 3, 8), (1, 2, 5, 8), (1, 2, 5, 6), None, None, 0.125, False), 2 * 4 * 3 * 5 * (8 + 6)),
+    # q k^T, and its exponentials added up over queries
+    (
+        "attention_received",
+        (*[(8, 6, 197, 64)] * 2, (8, 6, 197), None, None, None, 0.1, False),
+        2 * 48 * 197 * 197 * 65,
+    ),
+    ("attention_with_lse", (*[(8, 6, 197, 64)] * 3, None, None, 0.125, False), 2 * 2 * 8 * 6 * 197 * 197 * 64),
     # the class token's row only
     ("attention_rows", ((8, 6, 1, 64), (8, 6, 197, 64), (8, 197), None, 0.125), 2 * 8 * 6 * 197 * 64),
 ]
