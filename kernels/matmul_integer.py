@@ -42,7 +42,8 @@ def per_row(zero: Tensor) -> Tensor:
 
 def fake(a: Tensor, b: Tensor, a_zero: MaybeTensor = None, b_zero: MaybeTensor = None) -> Tensor:
     """Shape rule."""
-    return torch.matmul(a.to(torch.float32), b.to(torch.float32)).to(torch.int32)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=torch.int32)
 
 
 def onnx(a: Tensor, b: Tensor, a_zero: MaybeTensor = None, b_zero: MaybeTensor = None) -> OnnxCall:

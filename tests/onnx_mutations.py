@@ -48,6 +48,7 @@ def model(nodes: list[onnx.NodeProto], **weights: Any) -> ModelProto:
 
 
 SHAPES: dict[str, list[Any] | None] = {"x": ["b", "n", 4], "y": None}
+BYTES = np.arange(16, dtype=np.int8).reshape(4, 4)
 W = (np.arange(16, dtype=np.float32).reshape(4, 4) - 8) / 8
 
 
@@ -81,20 +82,6 @@ def models() -> list[ModelProto]:
         node("DynamicQuantizeLinear", "m", "u us uz"),
         node("Cast", "u", "y", to=TensorProto.FLOAT),
     ]
-    inner = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("a", "c", "e")}
-    count, go = (helper.make_tensor_value_info(*one, []) for one in (("i", TensorProto.INT64), ("t", TensorProto.BOOL)))
-    out = helper.make_tensor_value_info("t2", TensorProto.BOOL, [])
-    body = helper.make_graph(
-        [node("Add", "a x", "c"), node("Identity", "t", "t2")], "body", [count, go, inner["a"]], [out, inner["c"]]
-    )
-    branch = helper.make_graph([node("Mul", "l l", "e")], "then", [], [inner["e"]])
-    other = helper.make_graph([node("Neg", "l", "e")], "else", [], [inner["e"]])
-    loops = [
-        node("Loop", "trips yes x", "l", body=body),
-        node("If", "yes", "f", then_branch=branch, else_branch=other),
-        node("ReduceMean", "f axes", "r", keepdims=1),
-        node("Einsum", "r f", "y", equation="bij,bkj->bik"),
-    ]
     windows = [
         node("Slice", "x starts ends axes", "s"),
         node("Transpose", "s", "t", perm=[0, 2, 1]),
@@ -107,18 +94,29 @@ def models() -> list[ModelProto]:
     return [
         model(shapes, zero=0, first=[0], rest=[-1, 4], pads=[0, 0, 1, 0, 0, 1]),
         model(attention, w=W, scale=W[0], mask=np.array(True), low=-1e9),
-        model(
-            integers,
-            step=0.1,
-            zero=np.array(3, np.int8),
-            wq=np.arange(16, dtype=np.int8).reshape(4, 4),
-            steps=[0.1, 0.2, 0.3, 0.4],
-            zeros=np.zeros(4, np.int8),
-        ),
-        model(loops, trips=3, yes=np.array(True), axes=[1]),
+        model(integers, step=0.1, zero=np.array(3, np.int8), wq=BYTES, steps=W[3] + 2, zeros=BYTES[0] * 0),
+        model(loops(), trips=3, yes=np.array(True), axes=[1]),
         model(
             windows, starts=[0], ends=[9], axes=[1], k=W.reshape(4, 4, 1)[:, :, [0, 0, 0]], three=[3], twice=[1, 2, 1]
         ),
+    ]
+
+
+def loops() -> list[onnx.NodeProto]:
+    """A loop and a branch, with graphs of their own."""
+    inner = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("a", "c", "e")}
+    count, go = (helper.make_tensor_value_info(*one, []) for one in (("i", TensorProto.INT64), ("t", TensorProto.BOOL)))
+    out = helper.make_tensor_value_info("t2", TensorProto.BOOL, [])
+    body = helper.make_graph(
+        [node("Add", "a x", "c"), node("Identity", "t", "t2")], "body", [count, go, inner["a"]], [out, inner["c"]]
+    )
+    branch = helper.make_graph([node("Mul", "l l", "e")], "then", [], [inner["e"]])
+    other = helper.make_graph([node("Neg", "l", "e")], "else", [], [inner["e"]])
+    return [
+        node("Loop", "trips yes x", "l", body=body),
+        node("If", "yes", "f", then_branch=branch, else_branch=other),
+        node("ReduceMean", "f axes", "r", keepdims=1),
+        node("Einsum", "r f", "y", equation="bij,bkj->bik"),
     ]
 
 
