@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
+
+Table = Callable[[dict[str, Any]], str]
 
 GOALS = {1: 0.90, 8: 0.97}  # of the FLOP ideal, by batch
 NODES_GOAL = 1.5
@@ -12,7 +15,7 @@ NAMES = {"eager": "eager", "inductor": "Inductor", "onnxruntime": "ONNX Runtime"
 
 def render(results: dict[str, Any], name: str) -> str:
     """The table called `name`: full, nodes or short."""
-    return {"full": full, "nodes": nodes, "short": short}[name](results)
+    return TABLES[name](results)
 
 
 def full(results: dict[str, Any]) -> str:
@@ -73,13 +76,21 @@ def _line(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def fill(page: str, results: dict[str, Any]) -> str:
-    """The page with every table between its markers rendered anew.
+TABLES: dict[str, Table] = {"full": full, "nodes": nodes, "short": short}
+
+
+def fill(page: str, results: dict[str, Any], tables: Mapping[str, Table] = TABLES) -> str:
+    """The page with every one of the tables between its markers rendered anew; other tables stay.
 
     Raises:
-        ValueError: a marker without its end, or no marker at all.
+        ValueError: a marker without its end, or none of the tables at all.
     """
-    pattern = re.compile(r"(<!-- speed: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
-    if page.count("<!-- speed: ") != len(pattern.findall(page)) or not pattern.search(page):
+    pattern = re.compile(r"(<!-- speed: (\w+) -->\n)((?:(?!<!-- ).)*)(<!-- end -->)", re.DOTALL)
+    names = {match[2] for match in pattern.finditer(page)}
+    if page.count("<!-- speed: ") != len(pattern.findall(page)) or not names & tables.keys():
         raise ValueError("every <!-- speed: NAME --> needs its <!-- end -->, and a page one of them")
-    return pattern.sub(lambda match: f"{match[1]}{render(results, match[2])}\n{match[3]}", page)
+
+    def rendered(match: re.Match[str]) -> str:
+        return f"{tables[match[2]](results)}\n" if match[2] in tables else match[3]
+
+    return pattern.sub(lambda match: f"{match[1]}{rendered(match)}{match[4]}", page)
