@@ -26,9 +26,11 @@ def unflatten_rows(graph: fx.Graph) -> None:
     What stands between must work on each row by itself, and be used in no other way than to be set apart alike.
     """
     alike: dict[Any, dict[fx.Node, set[fx.Node]]] = {}
-    for node in graph.nodes:
-        region = _region(node.args[0]) if _sets_apart(node) else None
+    for node in list(graph.nodes):
+        lead = _axes_apart(node)
+        region = _region(node.args[0]) if lead else None
         if region is not None:
+            node = _first_rows(node, lead)
             alike.setdefault(tuple(map(expression, node.meta["val"].shape[:-1])), {})[node] = region
     for regions in alike.values():
         _unflatten(graph, _used_alike(regions))
@@ -55,12 +57,29 @@ def _unflatten(graph: fx.Graph, regions: dict[fx.Node, set[fx.Node]]) -> None:
         end.replace_all_uses_with(apart[end.args[0]])  # type: ignore[index]
 
 
-def _sets_apart(node: fx.Node) -> bool:
-    """Whether a reshape takes [R, C] to [..., C]."""
+def _axes_apart(node: fx.Node) -> int:
+    """How many axes a reshape of [R, C] makes of the rows, where it does not mix them with channels; else 0."""
     if op_of(node) not in RESHAPES:
-        return False
+        return 0
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    return len(before) == 2 < len(after) and isinstance(after[-1], int) and before[-1] == after[-1]
+    if len(before) != 2 or not isinstance(before[1], int):
+        return 0
+    lead, channels = len(after), 1
+    while lead and channels != before[1] and isinstance(after[lead - 1], int):
+        lead, channels = lead - 1, channels * after[lead - 1]
+    return lead if lead > 1 and channels == before[1] else 0
+
+
+def _first_rows(node: fx.Node, lead: int) -> fx.Node:
+    """A reshape that sets rows apart only: the one given, or if that splits channels too, one made before it."""
+    if len(node.meta["val"].shape) == lead + 1:
+        return node
+    rows: Any = node.args[0]
+    sizes: Any = node.args[1]
+    with node.graph.inserting_before(node):
+        apart = new_node(node, torch.ops.aten.reshape.default, (rows, [*sizes[:lead], rows.meta["val"].shape[1]]))
+    node.replace_input_with(rows, apart)
+    return apart
 
 
 def _region(node: Any) -> set[fx.Node] | None:
@@ -96,6 +115,9 @@ def _rows_of(node: fx.Node) -> list[fx.Node] | None:
         if op_of(node) in NORMS and len(node.args[1]) != 1:  # type: ignore[arg-type]
             return None
         return [node.args[0]]  # type: ignore[list-item]
+    if op_of(node) == "aten.matmul":
+        weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+        return [node.args[0]] if weight.dim() == 2 and isinstance(weight.shape[0], int) else None  # type: ignore[list-item]
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return None
     rows, tensors = expression(node.meta["val"].shape[0]), []

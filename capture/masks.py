@@ -110,8 +110,11 @@ def _seen(table: Tensor) -> Tensor:
 
 
 def _is_graded(table: Tensor) -> bool:
-    """Whether a mask does more than hide keys."""
-    return table.dtype != torch.bool and not bool(((table == 0) | (table <= HIDDEN)).all())
+    """Whether a mask does more than hide keys; one number at all others, usually 0, does nothing to a softmax."""
+    if table.dtype == torch.bool:
+        return False
+    others = table[table > HIDDEN]
+    return bool((others != others[:1]).any())
 
 
 def _kind(tables: Tables) -> Mask | None:

@@ -91,9 +91,14 @@ def _reads_first_token(end: fx.Node) -> bool:
         one = pending.pop()
         for user in one.users:
             value = user.meta.get("val")
-            if user.target is aten.select.int and user.args[1:] == (1, 0):
+            if (user.target is aten.select.int and user.args[1:] == (1, 0)) or _takes_first(user):
                 return True
             if user not in seen and isinstance(value, torch.Tensor) and value.dim() == 3:
                 seen.add(user)
                 pending.append(user)
     return False
+
+
+def _takes_first(node: fx.Node) -> bool:
+    """Whether a node cuts off the first token: `x[:, :1]`."""
+    return node.target is aten.slice.Tensor and node.args[1:] in ((1, 0, 1), (1, 0, 1, 1), (1, None, 1))

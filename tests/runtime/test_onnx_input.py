@@ -1,4 +1,4 @@
-"""ONNX files in, ONNX files out: what exporters make is recognised, reduced, written, and computes the same."""
+"""ONNX files in, ONNX files out: names, metadata and weights; see test_exporters for what is computed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from exporter_matrix import assert_close, run_file
 from onnx import helper, numpy_helper
-from onnx_exports import LAYERS, MODELS, exported, inputs_of
+from onnx_exports import exported, inputs_of
 
 import tamis
 from tamis.capture import capture
@@ -19,54 +19,6 @@ from tamis.errors import InputMismatch
 from tamis.onnx_errors import ReducedBefore
 from tamis.runtime.cli import main
 from tamis.runtime.compiled import CompiledModel
-
-EXPORTERS = ("torchscript", "dynamo", "slim")
-SAMPLE = {("bert", "torchscript"), ("vit", "dynamo")}
-NO_FILE = {("t5", "dynamo"), ("t5", "slim")}  # torch.onnx fails to decompose T5's relative positions
-CELLS = [
-    pytest.param(name, exporter, marks=() if (name, exporter) in SAMPLE else pytest.mark.full)
-    for name in MODELS
-    for exporter in EXPORTERS
-    if (name, exporter) not in NO_FILE
-]
-
-
-def run_file(path: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    results = session.run(None, {name: x.numpy() for name, x in inputs.items()})
-    return {one.name: torch.from_numpy(x) for one, x in zip(session.get_outputs(), results, strict=True)}
-
-
-def by_name(result: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    return result if isinstance(result, dict) else {names[0]: result}
-
-
-def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert list(got) == list(want)
-    for name, value in want.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-@pytest.mark.parametrize(("name", "exporter"), CELLS)
-def test_the_exporter_matrix(tmp_path: Path, name: str, exporter: str) -> None:
-    """Captured with ONNX Runtime's numbers, every attention a site of the stream, merged, written, run, equal."""
-    source, outputs = exported(name, exporter), MODELS[name].outputs
-    graph = capture(str(source))
-    assert [site.role for site in graph.sites] == ["stream"] * LAYERS
-    assert len(graph.layers) == LAYERS
-    for batch in (1, 3):
-        inputs = inputs_of(name, batch, length=9 + batch)
-        with torch.no_grad():
-            got = graph.program.module()(*inputs.values())
-        assert_close(by_name(got, outputs), run_file(source, inputs))
-    fast = tamis.compile(str(source), passes="tome:keep_ratio=0.8")
-    assert all(row.tokens_out < row.tokens_in for row in fast.report.layers)
-    fast.export(tmp_path / "fast.onnx")
-    inputs = inputs_of(name, 3, length=11)
-    assert_close(run_file(tmp_path / "fast.onnx", inputs), by_name(fast(**inputs), outputs))
-
 
 # --- the round trip -------------------------------------------------------------------------------------------------
 
