@@ -63,7 +63,7 @@ def attention_received_kernel(
             mass += tl.load(weight + row, mask=row < rows, other=0).to(tl.float32)
         total = tl.sum(mass, 0)
     else:
-        total = rows.to(tl.float32)
+        total = tl.cast(rows, tl.float32)
     first = begin // ROWS * ROWS if CAUSAL else 0
     sums = tl.zeros([KEYS], tl.float32)
     for start in range(first, rows, ROWS):

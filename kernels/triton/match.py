@@ -53,8 +53,9 @@ def match_kernel(
     slot, leader, moved = slot + batch * tokens, leader + batch * out, moved + batch * (tokens - out)
     count = tokens
     if MASKED:
-        packing += batch * tokens
-        count = pack_row(valid + batch * valid_batch, valid_token, packing, slot, tokens, TILE)
+        packing += batch * (tokens + 1)
+        pack_row(valid + batch * valid_batch, valid_token, packing, slot, tokens, TILE)
+        count = tl.load(packing + tokens)
     removed = removed_of(count, prefix, limit, slope_0, offset_0, divisor_0, slope_1, offset_1, divisor_1)
     match_row(
         metric + batch * metric_batch, packing, best + batch * half, partner + batch * half, slot, leader, moved,
@@ -126,7 +127,7 @@ def row_arguments(
         "valid": valid,
         "best": row_scratch(like, half, torch.float32),
         "partner": row_scratch(like, half, torch.int32),
-        "packing": None if valid is None else row_scratch(like, tokens, torch.int32),
+        "packing": None if valid is None else row_scratch(like, tokens + 1, torch.int32),
         "slot": slot,
         "leader": leader,
         "moved": moved,

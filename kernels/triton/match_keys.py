@@ -61,8 +61,9 @@ def match_keys_kernel(
         mean_heads(keys, metric, start, tokens, key_head, key_token, HEADS, UNROLL, WIDTH, COLUMNS, ROWS)
     count = tokens
     if MASKED:
-        packing += batch * tokens
-        count = pack_row(valid + batch * valid_batch, valid_token, packing, slot, tokens, TILE)
+        packing += batch * (tokens + 1)
+        pack_row(valid + batch * valid_batch, valid_token, packing, slot, tokens, TILE)
+        count = tl.load(packing + tokens)
     tl.debug_barrier()
     removed = removed_of(count, prefix, limit, slope_0, offset_0, divisor_0, slope_1, offset_1, divisor_1)
     match_row(

@@ -15,17 +15,6 @@ from .launch import Launch, Twin, Work
 from .selection import COUNTS, fill_spare, row_scratch
 
 
-@triton.jit
-def last_tokens(slot, slot_token, own, tokens, TILE: tl.constexpr):
-    """The last token of each of these slots."""
-    last = tl.full(own.shape, -1, tl.int32)
-    for start in range(0, tokens, TILE):
-        other = start + tl.arange(0, TILE)
-        theirs = tl.load(slot + other * slot_token, mask=other < tokens, other=-1)
-        last = tl.maximum(last, tl.max(tl.where(theirs[None, :] == own[:, None], other[None, :], -1), 1))
-    return last
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def order_kernel(
     slot, end, number, ordered, leader, moved, tokens, out, extra, slot_batch, slot_token, TILE: tl.constexpr
@@ -39,7 +28,11 @@ def order_kernel(
         token = start + tl.arange(0, TILE)
         inside = token < tokens
         own = tl.load(slot + token * slot_token, mask=inside, other=-1)
-        last = last_tokens(slot, slot_token, own, tokens, TILE)
+        last = tl.full((TILE,), -1, tl.int32)
+        for begin in range(0, tokens, TILE):
+            other = begin + tl.arange(0, TILE)
+            theirs = tl.load(slot + other * slot_token, mask=other < tokens, other=-1)
+            last = tl.maximum(last, tl.max(tl.where(theirs[None, :] == own[:, None], other[None, :], -1), 1))
         leads = ((own >= 0) & (last == token)).to(tl.int32)
         place = used + tl.cumsum(leads, 0) - leads
         tl.store(end + token, tl.where(own >= 0, last, -1), mask=inside)

@@ -44,19 +44,25 @@ def pack_scores(scores, packing, packed, free, scores_token, TILE: tl.constexpr)
 
 
 @triton.jit
+def write_ranks(scores, stride, rank, free, TILE: tl.constexpr):
+    """Where each score comes in falling order."""
+    for start in range(0, free, TILE):
+        index = start + tl.arange(0, TILE)
+        tl.store(rank + index, ranks_of(scores, index, index < free, free, stride, TILE), mask=index < free)
+    tl.debug_barrier()
+
+
+@triton.jit
 def write_selection(
-    scores, stride, rank, packing, slot, leader, moved, protected, free, kept,
-    IN_ORDER: tl.constexpr, FUSE: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, MASKED: tl.constexpr,
+    rank, packing, slot, leader, moved, protected, free, kept,
+    IN_ORDER: tl.constexpr, FUSE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """slot, leader and moved of the `free` unprotected tokens, of which `kept` stay."""
     before, gone = 0, 0
     for start in range(0, free, TILE):
         index = start + tl.arange(0, TILE)
         inside = index < free
-        if RANKED:
-            place = tl.load(rank + index, mask=inside, other=0)
-        else:
-            place = ranks_of(scores, index, inside, free, stride, TILE)
+        place = tl.load(rank + index, mask=inside, other=0)
         position = position_of(packing, protected + index, inside, MASKED)
         keeps = (inside & (place < kept)).to(tl.int32)
         order = before + tl.cumsum(keeps, 0) - keeps if IN_ORDER else place
@@ -82,31 +88,27 @@ def select_kernel(
     scores_batch, scores_token, valid_batch, valid_token,
     IN_ORDER: tl.constexpr, FUSE: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Everything; with RANKED all but the ranks, which are `rank` then.  Grid (batch)."""
+    """Everything, or with RANKED all but the ranks; grid (batch)."""
     batch = tl.program_id(0).to(tl.int64)
     scores, slot = scores + batch * scores_batch, slot + batch * tokens
     leader, moved = leader + batch * out, moved + batch * extra
     count = tokens
     if MASKED:
-        packing += batch * tokens
-        count = pack_row(valid + batch * valid_batch, valid_token, packing, slot, tokens, TILE)
+        packing += batch * (tokens + 1)
+        pack_row(valid + batch * valid_batch, valid_token, packing, slot, tokens, TILE)
+        count = tl.load(packing + tokens)
     removed = removed_of(count, prefix, limit, slope_0, offset_0, divisor_0, slope_1, offset_1, divisor_1)
     protected = tl.minimum(count, prefix)
     free = count - protected
     kept = free - removed
+    rank += batch * tokens
     if MASKED:
         packed += batch * tokens
         pack_scores(scores, packing + protected, packed, free, scores_token, TILE)
-        gone = write_selection(
-            packed, 1, rank, packing, slot, leader, moved, protected, free, kept, IN_ORDER, FUSE, TILE, RANKED, MASKED
-        )
-    else:
-        if RANKED:
-            rank += batch * tokens
-        gone = write_selection(
-            scores + protected * scores_token, scores_token, rank, packing, slot, leader, moved, protected, free, kept,
-            IN_ORDER, FUSE, TILE, RANKED, MASKED,
-        )  # fmt: skip
+        write_ranks(packed, 1, rank, free, TILE)
+    elif not RANKED:
+        write_ranks(scores + protected * scores_token, scores_token, rank, free, TILE)
+    gone = write_selection(rank, packing, slot, leader, moved, protected, free, kept, IN_ORDER, FUSE, TILE, MASKED)
     keep_protected(packing, slot, leader, protected, TILE, MASKED)
     if MASKED:
         fused = tl.minimum(removed, 1) if FUSE else 0
@@ -128,12 +130,12 @@ def work(
     extra = tokens - out if fuse else 0
     slot, leader, moved = (scores.new_empty((batch, size), dtype=torch.int64) for size in (tokens, out, extra))
     masked, split = valid is not None, splits(tokens, valid)
-    rank = row_scratch(scores, tokens, torch.int32) if split else None
+    rank = row_scratch(scores, tokens, torch.int32)
     arguments = {
         "scores": scores,
         "valid": valid,
         "packed": row_scratch(scores, tokens, scores.dtype) if masked else None,
-        "packing": row_scratch(scores, tokens, torch.int32) if masked else None,
+        "packing": row_scratch(scores, tokens + 1, torch.int32) if masked else None,
         "rank": rank,
         "slot": slot,
         "leader": leader,
@@ -151,7 +153,7 @@ def work(
         IN_ORDER=order == "original", FUSE=fuse, RANKED=split, MASKED=masked
     )
     launches = [Launch(select_kernel, (batch,), arguments, config)]
-    if rank is not None:
+    if split:
         launches.insert(0, rank_launch(architecture, scores[:, prefix:], tokens - prefix, rank))
     return launches, (slot, leader, moved)
 

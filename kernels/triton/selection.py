@@ -4,6 +4,10 @@ One program makes the plan of one row (an image, a sentence).  It walks the row 
 no constant of the kernel, and passes values on to itself through global memory, with a barrier between writing and
 reading.  An order is found by counting: the place of a score is the number of scores before it, which is exact, stable
 and needs no sort.
+
+Inductor finds out which tensors a kernel writes by following the addresses of its stores back; it stops at loads, but
+not at calls of functions that load.  So what an address depends on is loaded where the address is made, or no input of
+the op is handed to a function that returns it: an input taken for written would be copied before every launch.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ def removed_of(count, prefix, limit, slope_0, offset_0, divisor_0, slope_1, offs
 
 @triton.jit
 def pack_row(valid, valid_token, packing, slot, tokens, TILE: tl.constexpr):
-    """Positions of the real tokens into `packing`, in order, -1 into the slots of the others; -> how many are real."""
+    """Positions of the real tokens into `packing`, in order, and behind them all their number; -1 into other slots."""
     count = 0
     for start in range(0, tokens, TILE):
         position = start + tl.arange(0, TILE)
@@ -74,8 +78,8 @@ def pack_row(valid, valid_token, packing, slot, tokens, TILE: tl.constexpr):
         tl.store(packing + count + tl.cumsum(real, 0) - real, position, mask=inside & (real > 0))
         tl.store(slot + position, tl.full((TILE,), -1, tl.int64), mask=inside & (real == 0))
         count += tl.sum(real, 0)
+    tl.store(packing + tokens, count)
     tl.debug_barrier()
-    return count
 
 
 @triton.jit
