@@ -136,6 +136,22 @@ def EnergyOrder(similarity, free, margin: float, alpha: float, paper: int):
 
 
 @script(TAMIS, default_opset=op)
+def SlotLists(slot, leads, merges, out):
+    rows = op.Shape(slot, start=0, end=1)
+    tokens = op.Shape(slot, start=1, end=2)
+    size = op.Reshape(out, [1])
+    position = op.Expand(op.Range(0, op.Squeeze(tokens), 1), op.Shape(slot))
+    # one column more than needed takes what has no place in the list
+    blank = op.Expand(0, op.Concat(rows, size + 1, axis=0))
+    led = op.ScatterElements(blank, op.Where(leads, slot, size), position, axis=1)
+    leader = op.Slice(led, [0], size, [1])
+    spare = op.Expand(op.Slice(leader, [0], [1], [1]), op.Concat(rows, tokens - size + 1, axis=0))
+    move_place = op.Where(merges, op.CumSum(op.Cast(merges, to=7), 1) - 1, tokens - size)
+    moved = op.Slice(op.ScatterElements(spare, move_place, position, axis=1), [0], tokens - size, [1])
+    return leader, moved
+
+
+@script(TAMIS, default_opset=op)
 def EnergyMatch(
     metric,
     valid,
@@ -191,15 +207,7 @@ def EnergyMatch(
     of_taken = op.Where(takes, first_taken + place / 2, staying)
     of_free = op.Where(merges, first_taken + partner / 2, of_taken)
     slot = op.Where(present, op.Where(free, of_free, rank), -1)
-    size = op.Reshape(out, [1])
-    rows = op.Shape(x, start=0, end=1)
-    # one column more than needed takes what has no place in the list
-    lead_place = op.Where(op.And(present, op.Not(merges)), slot, size)
-    blank = op.Expand(0, op.Concat(rows, size + 1, axis=0))
-    leader = op.Slice(op.ScatterElements(blank, lead_place, position, axis=1), [0], size, [1])
-    spare = op.Expand(op.Slice(leader, [0], [1], [1]), op.Concat(rows, tokens - size + 1, axis=0))
-    move_place = op.Where(merges, op.CumSum(op.Cast(merges, to=7), 1) - 1, tokens - size)
-    moved = op.Slice(op.ScatterElements(spare, move_place, position, axis=1), [0], tokens - size, [1])
+    leader, moved = SlotLists(slot, op.And(present, op.Not(merges)), merges, out)
     return slot, leader, moved
 
 

@@ -24,6 +24,7 @@ ZOO = ["vit_small", "deit_distilled", "deit3_small", "dinov2_reg4", "hf_vit", "c
 ZOO += ["roberta", "t5_encoder", "modernbert"]
 ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
 CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
+CASES += [(name, "pitome:keep_ratio=0.8,margin=0.5,bsm=[0]") for name in ("vit_small", "bert")]
 BUDGET = 1e-4
 
 
@@ -67,7 +68,7 @@ def test_onnx_runtime_equals_torch_at_another_batch_and_length(name: str, method
     program = rewritten(name, method, torch.float32).graph.program
     inputs = [feeds_of(name, batch, length) for batch, length in ((1, 9), (5, 23))]
     called = assert_file_equals(program, inputs, tmp_path / "model.onnx")
-    assert called & {"BipartiteMatch", "BipartiteMatchMasked", "SelectTokens", "SelectTokensMasked"}
+    assert called & {"BipartiteMatch", "BipartiteMatchMasked", "EnergyMatch", "SelectTokens", "SelectTokensMasked"}
 
 
 def test_onnx_runtime_equals_torch_under_causal_attention(tmp_path: Path) -> None:

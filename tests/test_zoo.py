@@ -17,6 +17,8 @@ MORE = (
     "tome:r=4",
     "tome:keep_ratio=0.8",
     "tome:r=4,prop_attn=false",
+    "pitome:r=5,margin=0.5",
+    "pitome:keep_ratio=0.8,energy=paper,bsm=[0]",
     "evit:keep_ratio=0.7,fuse=false",
     "evit:r=5",
     "random:r=3,seed=7",
