@@ -48,7 +48,7 @@ def _without(model: ir.Model, large: dict[str, ir.TensorProtocol]) -> onnx.Model
     initializers = model.graph.initializers
     for name, tensor in large.items():
         initializers[name].const_value = ir.ExternalTensor(
-            "-", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            "-", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
         )
     try:
         return ir.to_proto(model)

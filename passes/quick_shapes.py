@@ -56,11 +56,8 @@ def _layer_norm(
     mode: Any, x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = x.dim() - len(shape)
-    for name, one in (("input", x.shape[kept:]), ("weight", weight), ("bias", bias)):
-        sizes = one.shape if isinstance(one, Tensor) else one
-        torch._check(
-            sizes is None or tuple(sizes) == tuple(shape), lambda name=name: f"layer_norm: {name} is not of {shape}"
-        )
+    for sizes in (x.shape[kept:], *(one.shape for one in (weight, bias) if one is not None)):
+        torch._check(tuple(sizes) == tuple(shape), lambda: f"layer_norm: input, weight or bias is not of {shape}")
     with mode:
         moments = (*x.shape[:kept], *(1 for _ in shape))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
