@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from ..errors import InputMismatch, MissingDependency, TargetMissing
 
@@ -75,7 +76,7 @@ class OnnxModel(nn.Module):
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
         self.session.run_with_iobinding(binding)
-        results = [torch.from_dlpack(value) for value in binding.get_outputs()]
+        results = [from_dlpack(value) for value in binding.get_outputs()]
         return results[0] if len(results) == 1 else dict(zip(self.outputs, results, strict=True))
 
     def _by_name(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[str, Tensor]:

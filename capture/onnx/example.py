@@ -99,7 +99,7 @@ def _as_identifiers(dims: Dims) -> Dims:
 
 def _tensor(value: ir.Value, dynamic: dict[int, int], generator: torch.Generator, module: OnnxModule) -> Tensor:
     assert value.shape is not None
-    sizes = [dynamic.get(axis, n) for axis, n in enumerate(value.shape)]
+    sizes: list[Any] = [dynamic.get(axis, n) for axis, n in enumerate(value.shape)]
     dtype = DTYPES[int(value.dtype)]  # type: ignore[arg-type]
     if dtype.is_floating_point:
         return torch.randn(sizes, generator=generator).to(dtype)

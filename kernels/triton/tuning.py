@@ -32,7 +32,8 @@ def neighbours(config: Config) -> Iterator[Config]:
         place = steps.index(getattr(config, field))
         for other in steps[max(place - 1, 0) : place + 2]:
             if other != getattr(config, field):
-                yield replace(config, **{field: other})
+                step: dict[str, Any] = {field: other}
+                yield replace(config, **step)
 
 
 def fits(launch: Launch, architecture: Architecture) -> bool:

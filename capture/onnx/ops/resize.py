@@ -154,8 +154,8 @@ def upsample_by_attribute(x: Tensor, *, scales: list[float], mode: str = "neares
 
 def _axes(x: Tensor, axes: list[int], scales: Ints | None, sizes: Ints | None, spans: Any, policy: str) -> list[Axis]:
     """The axes that change."""
-    given = list(scales) if scales else [None] * len(axes)
-    wanted = list(sizes) if sizes else [None] * len(axes)
+    given: list[Any] = list(scales) if scales else [None] * len(axes)
+    wanted: list[Any] = list(sizes) if sizes else [None] * len(axes)
     changing = [
         i for i, axis in enumerate(axes) if spans or not (_same(wanted[i], x.shape[axis]) or _same(given[i], 1.0))
     ]
