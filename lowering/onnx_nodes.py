@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from ..capture.program import copied, rebuild
 from ..errors import ExportFailed
 from ..op import NAMESPACE, OPS, OnnxCall, Op
+from .onnx_rows import guard_rows
 from .splice import Splicer, fake_mode_of, op_of
 
 Functions = dict[str, OnnxFunction]
@@ -53,6 +54,7 @@ def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Calls]:
     """The program with symbolic ONNX nodes for its tamis ops, and what those call."""
     calls = Calls()
     module = copied(program)
+    guard_rows(program, module.graph)
     splicer = Splicer(fake_mode_of(module.graph))
     for node in list(module.graph.nodes):
         op = op_of(node)

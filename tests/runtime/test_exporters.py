@@ -20,7 +20,7 @@ SAMPLE = {
     ("dinov2", "torchscript11"),
     ("clip_text", "torchscript"),
     ("vit", "converted"),
-    ("llama_past", "dynamo"),
+    ("llama_past", "torchscript"),
 }
 CELLS = [
     pytest.param(name, exporter, marks=() if (name, exporter) in SAMPLE else pytest.mark.full)
