@@ -44,7 +44,7 @@ WIDTHS = {"vit_small": 384, "vit_base": 768}
 TOKENS, LEAVE, CALLS = 197, 13, 3
 RULE = CountRule(1, (at_most(LEAVE), HALF))
 OPS = torch.ops.tamis
-SIZES = {TOKENS, TOKENS - LEAVE, LEAVE}  # symbols, as the batch is
+SYMBOLS = {TOKENS: "tokens", TOKENS - LEAVE: "kept", LEAVE: "left"}  # by size; the batch is one too
 
 
 class Calls(nn.Module):
@@ -110,9 +110,11 @@ def cases(batch: int, width: int) -> Iterator[tuple[str, Callable[..., Any], Cal
 
 def exported(function: Callable[..., Any], firsts: list[Tensor], rest: tuple[Any, ...]) -> Any:
     """The program of `Calls`; batch and token axes are symbols."""
+    dims = {size: torch.export.Dim(name) for size, name in SYMBOLS.items()}
+    batch = torch.export.Dim("batch")
 
     def axes(x: Tensor) -> dict[int, Any]:
-        return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(x.shape) if axis == 0 or size in SIZES}
+        return {0: batch, **{axis: dims[size] for axis, size in enumerate(x.shape) if axis and size in dims}}
 
     # an example of 1 would make the batch a number
     grown = lambda x: x if x.shape[0] > 1 else torch.cat([x, x])  # noqa: E731
