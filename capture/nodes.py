@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+try:
+    from torch._dispatch.python import enable_python_dispatcher
+except ImportError:  # it is not torch's public interface
+    from contextlib import nullcontext as enable_python_dispatcher
+
 RESHAPES = {"aten.reshape", "aten.view", "aten._unsafe_view"}
 MOVES = {"aten.transpose", "aten.permute", "aten.swapaxes"}
 
@@ -46,6 +51,7 @@ def new_node(
     node.meta = {key: value for key, value in like.meta.items() if key != "val"}
     values, options = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = next(m for n in node.graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None)
-    with mode, mode.shape_env.suppress_guards():  # guards stay with a program and tie its sizes
+    # guards stay with a program and tie its sizes; torch 2.11 decomposes a matmul of symbolic sizes in Python alone
+    with mode, enable_python_dispatcher(), mode.shape_env.suppress_guards():
         node.meta["val"] = target(*values, **options)
     return node

@@ -262,11 +262,6 @@ PRESENT: Dims = {"logits": ROWS, **{name.replace("past_key_values", "present"): 
 BOTH = {"input_ids": ROWS, "pixel_values": BATCH, "attention_mask": ROWS}
 
 
-# torch.onnx cannot decompose its call of scaled_dot_product_attention: a view of its own does not fit the strides.
-# In float16 it looks through all states for infinity.
-T5_ONLY: dict[str, Any] = {"dynamo_attention": "eager", "needs_all": True}
-
-
 def _text(model: str, config: str, outputs: Dims, **options: Any) -> Exportable:
     return Exportable(hugging_face(model, config, TEXT, tuple(outputs), **options), TEXT, text, outputs)
 
@@ -283,7 +278,8 @@ MODELS = {
     # as transformers wrote it up to version 4.47, which is what fusers look for
     "bert_v4": Exportable(lambda _: Bert(WIDTH, HEADS, LAYERS), TEXT, text, {**STATES, **POOLED}),
     "roberta": _text("RobertaModel", "RobertaConfig", STATES, **SMALL, **WORDS, pad_token_id=1),
-    "t5": replace(_text("T5EncoderModel", "T5Config", STATES, **T5), optimizer="t5", **T5_ONLY),
+    # torch.onnx cannot decompose its call of scaled_dot_product_attention: a view of its own does not fit the strides
+    "t5": replace(_text("T5EncoderModel", "T5Config", STATES, **T5), optimizer="t5", dynamo_attention="eager"),
     "vit": Exportable(timm_vit, IMAGE, images, {"logits": BATCH}, optimizer="vit"),
     "dinov2": _image("Dinov2Model", "Dinov2Config", "vit"),
     "clip_vision": _image("CLIPVisionModel", "CLIPVisionConfig", "clip"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from exporter_matrix import NOT_VALID, cell
+from exporter_matrix import NOT_VALID, REFUSED, cell
 from exporters_page import PAGE, render, shown
 from onnx_exports import EXPORTERS, exported
 from onnx_models import MODELS
@@ -40,6 +40,7 @@ def test_the_page_has_every_cell() -> None:
     cells = shown(page)
     assert render(page, lambda name, exporter: cells[name, exporter]) == page
     assert [key for key, text in cells.items() if text == NOT_VALID] == [("t5", "torchscript11")]
+    assert [key for key, text in cells.items() if REFUSED in text] == [("t5", "half")]
 
 
 def test_the_optimizer_fuses_attention_as_transformers_4_wrote_it() -> None:
