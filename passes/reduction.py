@@ -125,9 +125,9 @@ class TokenReduction(Pass):
             return "the model was reduced before; put all passes in one recipe for the original, where they compose"
         if not graph.layers:
             return "no token stream was found"
-        if self.needs_class_token and not graph.class_token:
         if any(graph.sites[layer.site].cached for layer in graph.layers):
             return "attention continues a key-value cache, in which every token keeps its place"
+        if self.needs_class_token and not graph.class_token:
             return "it scores tokens by the class token's attention, and this model has no class token"
         if self.needs_class_token and any(graph.sites[layer.site].softcap is not None for layer in graph.layers):
             return "it scores tokens by the class token's attention, which it cannot yet read under a soft cap"
