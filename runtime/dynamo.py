@@ -7,20 +7,25 @@ the user's inputs alone, and goes the way of every other model: capture, passes,
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
 
 from ..errors import BadParameter, InputMismatch
+from ..report import Report
 from .api import compile
 from .compiled import CompiledModel
 
 OPTIONS = ("passes", "recipe", "mode", "allow_noop", "verify", "never_slower")
-DROPOUTS = {value for name, value in vars(torch.nn.functional).items() if "dropout" in name and name[0] != "_"}
-COMPILED: list[CompiledModel] = []  # what was made in this process, the latest last, for those who want the report
+FUNCTIONS = vars(torch.nn.functional)
+TRAINED = {value for name, value in FUNCTIONS.items() if name[0] != "_" and ("dropout" in name or "_norm" in name)}
+REPORTS: deque[Report] = deque(maxlen=64)  # of what was made in this process, the latest last
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
@@ -28,27 +33,50 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Call
 
     Options: `passes` (text or pass objects) or `recipe`, as in `tamis.compile`; `mode` ("default" compiles the result
     by Inductor; None, which is the default, runs it eagerly); `allow_noop`; `never_slower`; `verify` (false by default:
-    Dynamo compiles while the user waits).  `tamis.runtime.dynamo.COMPILED[-1].report` is the report.
+    Dynamo compiles while the user waits).  `tamis.runtime.dynamo.REPORTS[-1]` is the report.
 
     Raises:
         BadParameter: an option that is not one of these, or no passes.
         InputMismatch: the model is in training mode.
         TamisError: what `tamis.compile` raises; Dynamo wraps it in BackendCompilerFailed.
     """
-    options = _checked(kwargs.get("options") or {})
+    options = {"verify": False, **_checked(kwargs.get("options") or {})}
     _refuse_training(graph)
-    module, kept = as_module(graph, inputs)
-    # export marks the tensors it is given, and Dynamo has guards on the marks of the user's
-    example = tuple(inputs[place].detach() for place in kept)
-    shapes = tuple(_dynamic_axes(node) for node in module.graph.nodes if node.op == "placeholder")
-    with torch._guards.tracing(None):  # or export would trace with Dynamo's symbols, and add guards to its frame
-        compiled = compile(module, example, dynamic_shapes=shapes, **{"verify": False, **options})
-    COMPILED.append(compiled)
+    made = [_Made.of(graph, inputs, options)]
 
     def call(*given: Any) -> Any:
-        return compiled(*(given[place] for place in kept))
+        # Dynamo holds weights to their shapes only: another model, or another tensor in a model's place, comes here too
+        found = next((one for one in made if one.has(given)), None)
+        if found is None:
+            found = _Made.of(graph, given, options)
+            made.append(found)
+        return found.compiled(*(given[place] for place in found.kept))
 
     return call
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was compiled for one set of weights: the tensors by their place among a call's inputs."""
+
+    compiled: CompiledModel
+    kept: list[int]
+    weights: dict[int, Tensor]
+
+    @staticmethod
+    def of(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> _Made:
+        module, kept = as_module(graph, inputs)
+        # export marks the tensors it is given, and Dynamo has guards on the marks of the user's
+        example = tuple(inputs[place].detach() for place in kept)
+        shapes = tuple(_dynamic_axes(node) for node in module.graph.nodes if node.op == "placeholder")
+        with torch._guards.tracing(None):  # or export would trace with Dynamo's symbols, and add guards to its frame
+            compiled = compile(module, example, dynamic_shapes=shapes, **options)
+        REPORTS.append(compiled.report)
+        others = (place for place in range(len(inputs)) if place not in kept)
+        return _Made(compiled, kept, {place: inputs[place] for place in others if isinstance(inputs[place], Tensor)})
+
+    def has(self, given: Sequence[Any]) -> bool:
+        return all(given[place] is weight for place, weight in self.weights.items())
 
 
 def as_module(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[int]]:
@@ -138,10 +166,23 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_training(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
-        if node.target in DROPOUTS and True in (*node.args[2:3], node.kwargs.get("training")):
+        if node.op == "call_function" and _trains(node):
             raise InputMismatch(
                 where="torch.compile",
                 rule="the model must be in eval mode",
-                got=f"{node.name} drops at random",
+                got=f"{node.name}, which drops at random or measures its batch",
                 hint="call model.eval() first.",
             )
+
+
+def _trains(node: fx.Node) -> bool:
+    if node.target is torch.nn.functional.scaled_dot_product_attention:
+        return bool(node.kwargs.get("dropout_p") or (len(node.args) > 4 and node.args[4]))
+    if node.target not in TRAINED:
+        return False
+    parameters = inspect.signature(node.target).parameters
+    if "training" not in parameters:
+        return False
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bool(bound.arguments["training"]) and bound.arguments.get("p", 1) != 0

@@ -9,13 +9,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import BertConfig, BertModel
 
 import tamis
-from tamis.runtime.dynamo import COMPILED, as_module
+from tamis.runtime.dynamo import REPORTS, as_module
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
-    COMPILED.clear()
+    REPORTS.clear()
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def test_a_vit_at_several_batches(vit, mode):
         for batch in (2, 3, 5, 1):
             torch.testing.assert_close(fast(images(batch)), expected(images(batch)), rtol=1e-5, atol=1e-5)
     # one graph for the first batch, one for every other, one for the batch of one, which Dynamo makes a constant
-    assert len(COMPILED) == 3
-    assert [row.tokens_out for row in COMPILED[0].report.layers] == [15, 13, 11]
+    assert len(REPORTS) == 3
+    assert [row.tokens_out for row in REPORTS[0].layers] == [15, 13, 11]
 
 
 def test_a_text_encoder_with_padding_and_changing_lengths():
@@ -68,6 +68,40 @@ def test_weights_are_the_models_own(vit):
         after = fast(images(2))
         vit.head.bias -= 1
     torch.testing.assert_close(after, before + 1)
+
+
+def test_other_weights_of_the_same_shapes_are_used():
+    """Dynamo does not compile again for a second model of one class, or for a parameter that was replaced."""
+    first, second = (timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64).eval() for _ in range(2))
+
+    @torch.compile(backend="tamis", options={"passes": "tome:r=0", "allow_noop": True})
+    def call(model, x):
+        return model(x)
+
+    with torch.no_grad():
+        for model in (first, second, first):
+            torch.testing.assert_close(call(model, images(2)), model(images(2)), rtol=1e-4, atol=1e-4)
+        first.head.weight = torch.nn.Parameter(torch.randn_like(first.head.weight))
+        torch.testing.assert_close(call(first, images(2)), first(images(2)), rtol=1e-4, atol=1e-4)
+        second.load_state_dict({key: value + 0.1 for key, value in second.state_dict().items()}, assign=True)
+        torch.testing.assert_close(call(second, images(2)), second(images(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x: torch.nn.functional.dropout(x, 0.5),
+        torch.nn.BatchNorm2d(3).train(),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
+    ],
+)
+def test_whatever_behaves_otherwise_in_training_is_refused(layer):
+    @torch.compile(backend="tamis", options={"passes": "tome:r=2"})
+    def call(x):
+        return layer(x)
+
+    with pytest.raises(BackendCompilerFailed, match="eval mode"):
+        call(images(2))
 
 
 @pytest.mark.parametrize(
