@@ -17,6 +17,7 @@ from ..report import Benchmark
 
 Sizes = tuple[int, ...]
 REPEATS = 5
+CLEAR = 0.05  # by how much a size must be faster or slower to speak for others: less may be chance
 
 
 class Guard:
@@ -33,6 +34,8 @@ class Guard:
     def prefers_result(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
         """Whether the result is at least as fast as the original at the sizes of a call; may time both, once."""
         sizes = sizes_of(call)
+        if 0 in sizes:
+            return True  # nothing to time
         known = self._known(sizes)
         if known is not None:
             return known
@@ -43,6 +46,8 @@ class Guard:
     def _known(self, sizes: Sizes) -> bool | None:
         for measured, found in self.measured.items():
             pays = found.speedup >= 1
+            if measured != sizes and abs(found.speedup - 1) < CLEAR:
+                continue
             small, large = (measured, sizes) if pays else (sizes, measured)
             if len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True)):
                 return pays

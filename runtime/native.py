@@ -11,21 +11,59 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from ..errors import ExportFailed
+from ..errors import CorruptModel, ExportFailed, InputMismatch
 from ..opaque import carried_in
 from ..report import Report
 from .embedded import EXTRA, extra_of, read_extra
 from .files import whole
+from .inputs import input_nodes
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
+
+
+@dataclass(frozen=True)
+class Input:
+    """What native code takes for granted of one tensor, and reads memory wrongly without.
+
+    shape  sizes, None where any will do;  order  axes from the slowest to the fastest in memory
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    order: tuple[int, ...]
+
+    @staticmethod
+    def of(node: fx.Node, example: Tensor) -> Input:
+        """Of an input of a program and its example."""
+        sizes = node.meta["val"].shape
+        order = sorted(range(example.dim()), key=lambda axis: (-example.stride(axis), axis))
+        shape = tuple(size if isinstance(size, int) else None for size in sizes)
+        return Input(node.name, str(example.dtype), shape, tuple(order))
+
+    def checked(self, value: Tensor) -> Tensor:
+        """The tensor in the layout of the example; raises InputMismatch."""
+        fits = len(self.shape) == value.dim() and all(
+            size in (None, given) for size, given in zip(self.shape, value.shape, strict=True)
+        )
+        if not fits or str(value.dtype) != self.dtype:
+            wanted = f"{self.dtype} [{', '.join('any' if size is None else str(size) for size in self.shape)}]"
+            got = f"{value.dtype} {list(value.shape)}"
+            hint = "convert it; native code is for the sizes and the type of the example, batch and length apart."
+            raise InputMismatch(where="native package", rule=f"{self.name} must be {wanted}", got=got, hint=hint)
+        inverse = sorted(range(value.dim()), key=self.order.__getitem__)
+        return value.permute(self.order).contiguous().permute(inverse)
 
 
 class NativeModel(nn.Module):
@@ -34,13 +72,27 @@ class NativeModel(nn.Module):
     report, recipe  as the `CompiledModel` had them
     """
 
-    def __init__(self, run: Any, report: Report, recipe: Recipe) -> None:
+    def __init__(self, run: Any, inputs: Sequence[Input], report: Report, recipe: Recipe) -> None:
         super().__init__()
-        self.run, self.report, self.recipe = run, report, recipe
+        self.run, self.inputs, self.report, self.recipe = run, tuple(inputs), report, recipe
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns, computed without autograd."""
+        """What the model returns, computed without autograd.
+
+        Raises:
+            InputMismatch: tensors of another number, type or size than the package was made for.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(tensors) != len(self.inputs):
+            rule = f"it takes {', '.join(one.name for one in self.inputs)}"
+            raise InputMismatch(
+                where="native package", rule=rule, got=f"{len(tensors)} tensors", hint="give each once."
+            )
+        checked = (one.checked(value) for one, value in zip(self.inputs, tensors, strict=True))
+        leaves = [next(checked) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
         with torch.no_grad():
             return self.run(*args, **kwargs)
 
@@ -64,8 +116,16 @@ def save_native(model: CompiledModel, path: str, *, overwrite: bool) -> str:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             hint = "save it without native code, or report the model and the recipe."
             raise ExportFailed(path=path, kind="a native package", reason=reason, hint=hint) from error
-        _add_member(temporary, json.dumps(extra_of(model)))
+        _add_member(temporary, json.dumps({**extra_of(model), "inputs": [asdict(one) for one in inputs_of(model)]}))
     return path
+
+
+def inputs_of(model: CompiledModel) -> list[Input]:
+    """What the package will take for granted of the model's tensors, in flat order."""
+    nodes = input_nodes(model.graph.program)
+    leaves = pytree.tree_leaves(model.example_call)
+    given = zip(nodes, leaves, strict=True)
+    return [Input.of(node, leaf) for node, leaf in given if isinstance(leaf, Tensor)]
 
 
 def _add_member(path: Path, text: str) -> None:
@@ -78,5 +138,10 @@ def _add_member(path: Path, text: str) -> None:
 def load_native(path: str) -> NativeModel:
     """Load a package that tamis made, which runs its native code.  Raises PlainProgram, CorruptModel."""
     extra = read_extra(path)
-    run = torch._inductor.aoti_load_package(path)
-    return NativeModel(run, Report.from_dict(extra["report"]), Recipe.from_dict(extra["recipe"], path))
+    try:
+        run = torch._inductor.aoti_load_package(path)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CorruptModel(path=path, kind="a native package for this machine", reason=reason) from error
+    inputs = [Input(one["name"], one["dtype"], tuple(one["shape"]), tuple(one["order"])) for one in extra["inputs"]]
+    return NativeModel(run, inputs, Report.from_dict(extra["report"]), Recipe.from_dict(extra["recipe"], path))

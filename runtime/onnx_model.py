@@ -28,6 +28,8 @@ _ELEMENTS = {
     torch.uint8: TensorProto.UINT8,
     torch.bool: TensorProto.BOOL,
 }
+# as ONNX Runtime writes them: tensor(float)
+_TYPES = {dtype: TensorProto.DataType.Name(element).lower() for dtype, element in _ELEMENTS.items()}
 log = logging.getLogger(__name__)
 
 
@@ -68,15 +70,24 @@ class OnnxModel(nn.Module):
         binding = self.session.io_binding()
         # bound by address, so the tensors must live until the run is over
         tensors = {name: value.detach().to(self.device).contiguous() for name, value in given.items()}
+        place = self.device.type, self.device.index or 0
         for name, value in tensors.items():
-            place = self.device.type, self.device.index or 0
             binding.bind_input(name, *place, _ELEMENTS[value.dtype], tuple(value.shape), value.data_ptr())
         for name in self.outputs:
-            binding.bind_output(name, self.device.type, self.device.index or 0)
+            binding.bind_output(name, *place)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
-        self.session.run_with_iobinding(binding)
-        results = [from_dlpack(value) for value in binding.get_outputs()]
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            got = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
+            rule = "sizes must be those of the file's inputs"
+            raise InputMismatch(where="ONNX file", rule=rule, got=got, hint=_first_line(error)) from error
+        # dlpack has no bool of ONNX Runtime's: it comes as bytes
+        results = [
+            from_dlpack(value).view(torch.bool) if value.data_type() == "tensor(bool)" else from_dlpack(value)
+            for value in binding.get_outputs()
+        ]
         return results[0] if len(results) == 1 else dict(zip(self.outputs, results, strict=True))
 
     def _by_name(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +98,17 @@ class OnnxModel(nn.Module):
                 f"{len(args)} by position and {sorted(kwargs)} by name",
             )
             raise InputMismatch(where="ONNX file", rule=rule, got=got, hint="give each once.")
+        for name, value in given.items():
+            wanted = self.inputs[name].type.removeprefix("tensor(").removesuffix(")")
+            found = _TYPES.get(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            if found != wanted:
+                rule = f"{name} must be a tensor of {wanted}"
+                raise InputMismatch(where="ONNX file", rule=rule, got=found or str(value.dtype), hint="convert it.")
         return given
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _choose(device: str) -> tuple[torch.device, str]:

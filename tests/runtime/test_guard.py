@@ -35,6 +35,13 @@ def test_a_size_is_timed_once_and_others_follow_from_it():
     assert str(guard) == "never slower: the original runs up to x [1, 50] (0.50x), the result from x [4, 40] on (1.60x)"
 
 
+def test_a_size_that_barely_pays_speaks_for_itself_alone():
+    guard, asked = guard_of(lambda batch, tokens: 1.01)
+    for size in [(1, 10), (1, 10), (2, 10), (0, 10)]:
+        assert guard.prefers_result(((torch.empty(size),), {}))
+    assert asked == [(1, 10), (2, 10)]
+
+
 def test_sizes_that_follow_from_none_are_timed():
     guard, asked = guard_of(lambda batch, tokens: 2.0 if batch > 2 else 0.5)
     for size in [(4, 40), (3, 80), (2, 20), (2, 30)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from command import run
 
 import tamis
-from tamis.errors import UntrustedNativeCode
+from tamis.errors import CorruptModel, InputMismatch, UntrustedNativeCode
 
 WITHOUT_TAMIS = """
 import sys, torch
@@ -56,6 +57,29 @@ def test_it_is_loaded_where_it_is_trusted(fast, saved):
             torch.testing.assert_close(loaded(images(batch)), fast(images(batch)), rtol=1e-4, atol=1e-5)
     assert loaded.recipe == fast.recipe
     assert "tome:r=2" in str(loaded)
+
+
+def test_layouts_are_brought_to_the_examples(fast, saved):
+    loaded, x = tamis.load(saved, trusted=True), images(4)
+    with torch.no_grad():
+        for other in (x.to(memory_format=torch.channels_last), x[::2], x.transpose(2, 3)):
+            torch.testing.assert_close(loaded(other), fast(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [images(2).double(), images(2).half(), torch.randn(2, 3, 32, 32), torch.randn(3, 64, 64)]
+)
+def test_what_would_be_read_wrongly_is_refused(saved, wrong):
+    with pytest.raises(InputMismatch, match=r"x must be torch.float32 \[any, 3, 64, 64\], got"):
+        tamis.load(saved, trusted=True)(wrong)
+
+
+def test_a_broken_package_is_said_so(saved, tmp_path):
+    with zipfile.ZipFile(saved) as whole, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as broken:
+        for name in whole.namelist():
+            broken.writestr(name, b"garbage" if name.endswith(".so") else whole.read(name))
+    with pytest.raises(CorruptModel, match="a native package for this machine"):
+        tamis.load(tmp_path / "bad.pt2", trusted=True)
 
 
 def test_the_recipe_is_read_without_running_code(saved, capsys):

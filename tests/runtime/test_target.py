@@ -1,4 +1,4 @@
-"""`--target cuda:sm_90` where there is none: a directory with the model and its kernels, or an error before any work."""
+"""`--target cuda:sm_90` where there is none: a directory with model and kernels, or an error before any work."""
 
 from __future__ import annotations
 
