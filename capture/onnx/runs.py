@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,18 @@ SCRIPT = Path(trial_worker.__file__)
 
 
 class Runner:
-    """A process that is started when first needed, and again after it died."""
+    """A process that is started when first needed, and again after it died, was interrupted, or this one forked."""
 
     def __init__(self, script: Path = SCRIPT, seconds: float = SECONDS) -> None:
         """Prepare; `script` is what the process runs, see `trial_worker`."""
         self.script, self.seconds = script, seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=functools.partial(_forked, weakref.ref(self)))
 
     def __call__(self, model: bytes, arrays: list[Array]) -> list[Any]:
-        """The outputs of a model for its inputs in their order.
+        """The outputs of a model for its inputs in their order; of several threads, one at a time.
 
         Raises:
             RuntimeError: ONNX Runtime does, with its text.
@@ -40,8 +44,6 @@ class Runner:
 
     def _answer(self, model: bytes, arrays: list[Array]) -> list[Any]:
         process = self._process = self._process or self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
         late = threading.Event()
 
         def stop() -> None:
@@ -49,20 +51,27 @@ class Runner:
             process.kill()
 
         watch = threading.Timer(self.seconds, stop)
-        watch.start()
         try:
-            trial_worker.send(process.stdin, (model, arrays))  # type: ignore[arg-type]
-            results, reason = trial_worker.receive(process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError) as error:
+            watch.start()
+            results, reason = self._exchange(process, (model, arrays), late)
+        except BaseException:  # the next run would read the answer to this one
             self._process = None
-            code = process.wait()
-            why = f"does not finish it in {self.seconds:g} s" if late.is_set() else f"crashes on it ({_cause(code)})"
-            raise Unsupported(f"ONNX Runtime {why}") from error
+            _end(process)
+            raise
         finally:
             watch.cancel()
         if reason:
             raise RuntimeError(reason)
         return list(results)
+
+    def _exchange(self, process: subprocess.Popen[bytes], message: Any, late: threading.Event) -> Any:
+        try:
+            trial_worker.send(process.stdin, message)  # type: ignore[arg-type]
+            return trial_worker.receive(process.stdout)  # type: ignore[arg-type]
+        except (EOFError, BrokenPipeError) as error:
+            code = process.wait()
+            why = f"does not finish it in {self.seconds:g} s" if late.is_set() else f"crashes on it ({_cause(code)})"
+            raise Unsupported(f"ONNX Runtime {why}") from error
 
     def _started(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", os.fspath(self.script)]
@@ -75,6 +84,28 @@ class Runner:
             self._process.stdin.close()
             self._process.wait()
             self._process = None
+
+    def forked(self) -> None:
+        """Leave process and lock to the process that this one was forked from."""
+        self._lock = threading.Lock()
+        process, self._process = self._process, None
+        if process is not None:
+            process.returncode = 0  # no child of this process: nothing to wait for
+            for stream in (process.stdin, process.stdout):
+                stream.raw.close()  # type: ignore[union-attr]  # closing `stream` would write what is in its buffer
+
+
+def _forked(runner: weakref.ref[Runner]) -> None:
+    if (one := runner()) is not None:
+        one.forked()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what is left in a buffer has no reader
+            stream.close()  # type: ignore[union-attr]
 
 
 def _cause(code: int) -> str:
