@@ -14,6 +14,16 @@ class KernelNotCompiled(TamisError):
     )
 
 
+class KernelInterpreted(TamisError):
+    """A kernel was to be compiled in a process that interprets kernels, which Triton decides when they are defined."""
+
+    template = (
+        "kernel {kernel}: not compiled for {architecture}: Triton interprets kernels in this process.\n"
+        "  hint: unset TRITON_INTERPRET and start Python again."
+    )
+    exit_code = 2
+
+
 class ToolMissing(TamisError):
     """A program that reads binaries is not there."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import SymInt, fx
 from torch.export import ExportedProgram
 
+from ..kernels.triton import need_triton
 from ..kernels.triton.ahead import Binary, Signature, compile_launch
 from ..kernels.triton.architecture import Architecture
 from ..kernels.triton.launch import Launch
@@ -109,8 +110,11 @@ def cross_compile(program: ExportedProgram, architecture: str) -> CrossCompiled:
     """Compile every kernel that the program needs on an architecture (`sm_90`, `gfx942`), each once.
 
     Raises:
+        MissingDependency: Triton is not installed.
+        KernelInterpreted: TRITON_INTERPRET is set.
         KernelNotCompiled: Triton refuses one of them.
     """
+    need_triton()
     target, lowered = Architecture.named(architecture), for_gpu(program)
     found: dict[str, tuple[Launch, list[Use]]] = {}
     for placed in lowered.placed:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import SymInt, Tensor
 
-from ...target_errors import KernelNotCompiled
+from ...target_errors import KernelInterpreted, KernelNotCompiled
 from .architecture import Architecture
 from .launch import Launch
 
@@ -40,7 +40,13 @@ class Signature:
 
     @staticmethod
     def of(launch: Launch, architecture: Architecture) -> Signature:
-        """Of the launch's arguments, by Triton's own rules: its binder is asked, with a stand-in for each argument."""
+        """Of the launch's arguments, by Triton's own rules: its binder is asked, with a stand-in for each argument.
+
+        Raises:
+            KernelInterpreted: the kernel is no code that can be compiled.
+        """
+        if launch.interpreted:
+            raise KernelInterpreted(kernel=launch.name, architecture=architecture.name)
         from triton.compiler import ASTSource
         from triton.compiler.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
@@ -125,6 +131,7 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Binary:
 
     Raises:
         KernelNotCompiled: Triton's compiler refuses the kernel for this architecture.
+        KernelInterpreted: see `Signature.of`.
     """
     import triton
 

@@ -53,6 +53,11 @@ class Launch:
         """The kernel's name."""
         return self.kernel.__name__
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton was told to interpret kernels when this one was defined (TRITON_INTERPRET=1)."""
+        return _interpreted(self.kernel)
+
 
 Work = tuple[list[Launch], Any]  # launches in order, and the results they fill: tensors, as the op returns them
 
@@ -78,7 +83,7 @@ def run(twin: Twin, *args: Any) -> Any:
     launches, results = twin.work(Architecture.of(device), *args)
     for one in launches:
         if not any(size == 0 for size in one.grid if isinstance(size, int)):
-            options = {} if _interpreted(one.kernel) else one.config.options
+            options = {} if one.interpreted else one.config.options
             _traceable(one.kernel)[one.grid](**one.arguments, **one.config.constants, **options)
     return results
 

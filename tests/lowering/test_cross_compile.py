@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 
 import tamis
+from tamis.errors import MissingDependency
 from tamis.lowering.cross_compile import cross_compile
 from tamis.lowering.gpu import for_gpu
 
@@ -66,3 +70,34 @@ def test_the_given_program_is_not_changed(fast):
     before = str(fast.graph.program.graph)
     for_gpu(fast.graph.program)
     assert str(fast.graph.program.graph) == before
+
+
+def test_where_triton_is_missing_it_is_said(fast, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for compiles in (lambda: cross_compile(fast.graph.program, "sm_90"), lambda: for_gpu(fast.graph.program)):
+        with pytest.raises(MissingDependency, match="needs the package 'triton'"):
+            compiles()
+
+
+INTERPRETED = """
+import torch
+from tamis.kernels.triton.ahead import compile_launch
+from tamis.kernels.triton.architecture import Architecture
+from tamis.kernels.triton.select import TWIN
+from tamis.target_errors import KernelInterpreted
+
+target = Architecture.named("sm_90")
+(launch, *_), _ = TWIN.work(target, *next(iter(TWIN.examples())))
+try:
+    compile_launch(launch, target)
+except KernelInterpreted as error:
+    print(error)
+"""
+
+
+def test_kernels_that_are_interpreted_are_not_compiled():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # Triton asks when a kernel is defined
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not compiled for sm_90: Triton interprets kernels in this process" in done.stdout
+    assert "hint: unset TRITON_INTERPRET" in done.stdout
