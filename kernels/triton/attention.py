@@ -39,28 +39,29 @@ def sweep(
     mix, total, top, first, last, queries, begin, rows, keys, k, v, key_bias, mask, scale, cap,
     k_row, v_row, mask_row, mask_column,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """Go on with the weighted values `mix`, their weights' sum `total` and the running maximum over keys first..last.
 
     The queries are those from row `begin` on; the mask points to its row.
     PLAIN: logits are products times a positive scale, which the exponential's argument takes in one multiply-add.
+    NATURAL: logits and their maximum are not times log2(e).
     """
+    FACTOR: tl.constexpr = 1.0 if NATURAL else LOG2E
     row = tl.arange(0, ROWS)
     for start in range(first, last, KEYS):
         column = start + tl.arange(0, KEYS)
         tile = load_rows(k, start, keys, k_row, WIDTH, KEYS, D, UNIT, EDGE)
         logits = tl.dot(queries, tl.trans(tile), input_precision="ieee")
         if cap is not None:
-            logits = capped(logits, scale, cap) * LOG2E
+            logits = capped(logits, scale, cap) * FACTOR
         elif not PLAIN:
-            logits = logits * (scale * LOG2E)
+            logits = logits * (scale * FACTOR)
         if key_bias is not None:
-            logits += (tl.load(key_bias + column, mask=column < keys, other=0.0).to(tl.float32) * LOG2E)[None, :]
+            logits += (tl.load(key_bias + column, mask=column < keys, other=0.0).to(tl.float32) * FACTOR)[None, :]
         if mask is not None:
-            logits = masked(
-                logits, mask, row[:, None], column[None, :], rows - begin, keys, mask_row, mask_column, LOG2E
-            )
+            logits = masked(logits, mask, row[:, None], column[None, :], rows - begin, keys, mask_row, mask_column)
         if EDGE:
             seen = (column < keys)[None, :]
             if CAUSAL:
@@ -72,9 +73,12 @@ def sweep(
         highest = tl.maximum(top, highest)
         # a query that has seen no key yet has no maximum to subtract
         shift = tl.where(highest == -float("inf"), 0.0, highest)
-        exponent = logits * (scale * LOG2E) if PLAIN else logits
-        weights = tl.exp2(exponent - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        exponent = (logits * (scale * LOG2E) if PLAIN else logits) - shift[:, None]
+        fall = top - shift
+        if NATURAL:
+            exponent, fall = exponent * LOG2E, fall * LOG2E
+        weights = tl.exp2(exponent)
+        shrink = tl.exp2(fall)
         total = total * shrink + tl.sum(weights, 1)
         if v is not None:
             values = load_rows(v, start, keys, v_row, VALUE_WIDTH, KEYS, VALUE_D, UNIT, EDGE)
@@ -92,7 +96,7 @@ def attention_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch,
     mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, lse_batch, lse_head,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(logits) v and lse = log-sum-exp of the logits, each if given; grid (tiles of queries, H, B)."""
     tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -119,14 +123,17 @@ def attention_kernel(
     whole = whole // KEYS * KEYS
     mix, total, top = sweep(
         mix, total, top, 0, whole, queries, begin, rows, keys, k, v, key_bias, mask, scale, cap,
-        k_row, v_row, mask_row, mask_column, WIDTH, VALUE_WIDTH, D, VALUE_D, UNIT, ROWS, KEYS, CAUSAL, PLAIN, False,
+        k_row, v_row, mask_row, mask_column, WIDTH, VALUE_WIDTH, D, VALUE_D, UNIT, ROWS, KEYS, CAUSAL, PLAIN, NATURAL,
+        False,
     )  # fmt: skip
     mix, total, top = sweep(
         mix, total, top, whole, last, queries, begin, rows, keys, k, v, key_bias, mask, scale, cap,
-        k_row, v_row, mask_row, mask_column, WIDTH, VALUE_WIDTH, D, VALUE_D, UNIT, ROWS, KEYS, CAUSAL, PLAIN, True,
+        k_row, v_row, mask_row, mask_column, WIDTH, VALUE_WIDTH, D, VALUE_D, UNIT, ROWS, KEYS, CAUSAL, PLAIN, NATURAL,
+        True,
     )  # fmt: skip
     if lse is not None:
-        tl.store(lse + batch * lse_batch + head * lse_head + row, (top + tl.log2(total)) * LN2, mask=row < rows)
+        sums = top + tl.log2(total) * LN2 if NATURAL else (top + tl.log2(total)) * LN2
+        tl.store(lse + batch * lse_batch + head * lse_head + row, sums, mask=row < rows)
     if out is not None:
         column = tl.arange(0, VALUE_D)
         place = out + batch * out_batch + head * out_head + row.to(tl.int64)[:, None] * out_row + column[None, :]
@@ -172,7 +179,8 @@ def launched(
     }
     plain = key_bias is None and mask is None and softcap is None and scale > 0
     widths = {"WIDTH": width, "VALUE_WIDTH": value_width, "D": padded(width), "VALUE_D": padded(value_width)}
-    config = config.having(**widths, UNIT=unit_of(q, k, v), CAUSAL=causal, PLAIN=plain)
+    natural = mask is not None and mask.dtype != torch.bool
+    config = config.having(**widths, UNIT=unit_of(q, k, v), CAUSAL=causal, PLAIN=plain, NATURAL=natural)
     grid = (triton.cdiv(rows, config.constants["ROWS"]), heads, batch)
     return Launch(attention_kernel, grid, arguments, config), out, sums
 

@@ -73,7 +73,7 @@ def attention_received_kernel(
         if key_bias is not None:
             logits += key_bias[:, None]
         if mask is not None:
-            logits = masked(logits, mask, row[None, :], near[:, None], rows, keys - begin, mask_row, mask_column, 1.0)
+            logits = masked(logits, mask, row[None, :], near[:, None], rows, keys - begin, mask_row, mask_column)
         if CAUSAL:
             logits = tl.where(column[:, None] <= row[None, :], logits, -float("inf"))
         # beyond the last query, and where one sees no key, nothing is attended to

@@ -45,9 +45,9 @@ def attention_rows_kernel(
     row, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     column, feature = tl.arange(0, KEYS), tl.arange(0, D)
     q = q + batch * q_batch + head * q_head + row.to(tl.int64) * q_row
-    query = tl.load(q + feature, mask=feature < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
+    query = tl.load(q + feature, mask=feature < WIDTH, other=0.0).to(tl.float32) * scale
     k = k + tl.multiple_of(batch * k_batch + head // group * k_head, UNIT)
-    out = out + batch * out_batch + head * out_head + row * out_row
+    out = out + batch * out_batch + head * out_head + row.to(tl.int64) * out_row
     if key_bias is not None:
         key_bias = key_bias + batch * bias_batch
     if mask is not None:
@@ -59,24 +59,24 @@ def attention_rows_kernel(
         tile = load_rows(k, start, keys, k_row, WIDTH, KEYS, D, UNIT, True).to(tl.float32)
         logits = tl.sum(tile * query[None, :], 1)
         if key_bias is not None:
-            logits += tl.load(key_bias + place, mask=place < keys, other=0.0).to(tl.float32) * LOG2E
+            logits += tl.load(key_bias + place, mask=place < keys, other=0.0).to(tl.float32)
         if mask is not None:
-            logits = masked(logits, mask, column * 0, place, rows, keys, mask_row, mask_column, LOG2E)
+            logits = masked(logits, mask, column * 0, place, rows, keys, mask_row, mask_column)
         logits = tl.where(place < keys, logits, -float("inf"))
         tl.store(out + place, logits, mask=place < keys)
         # every lane keeps a maximum and a sum of its own: they meet once, behind the loop
         highest = tl.maximum(top, logits)
         shift = tl.where(highest == -float("inf"), 0.0, highest)
-        total = total * tl.exp2(top - shift) + tl.exp2(logits - shift)
+        total = total * tl.exp2((top - shift) * LOG2E) + tl.exp2((logits - shift) * LOG2E)
         top = highest
     peak = tl.max(top, 0)
     shift = tl.where(peak == -float("inf"), 0.0, peak)
-    whole = tl.sum(total * tl.exp2(top - shift), 0)
+    whole = tl.sum(total * tl.exp2((top - shift) * LOG2E), 0)
     tl.debug_barrier()  # what is read below was written by other threads
     for start in range(0, keys, KEYS):
         place = start + column
         logits = tl.load(out + place, mask=place < keys, other=0.0)
-        tl.store(out + place, tl.exp2(logits - peak) / whole, mask=place < keys)
+        tl.store(out + place, tl.exp2((logits - peak) * LOG2E) / whole, mask=place < keys)
 
 
 def work(

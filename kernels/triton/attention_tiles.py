@@ -1,8 +1,9 @@
 """What the kernels of attention share: tiles of rows, logits in base 2, and the arguments that say where tensors lie.
 
-Logits are kept times log2(e), so that a probability is one `exp2`; the bias per key and float masks are brought to
-that unit when they are added.  Probabilities from a log-sum-exp are computed in its own unit: the difference of two
-numbers that nearly cancel must not see their product with log2(e) rounded.
+Logits are kept times log2(e), so that a probability is one `exp2`; the bias per key is brought to that unit when it is
+added.  Under a float mask they stay in their own unit: masks hide by the lowest number of a type, which log2(e) would
+make infinite.  So do logits whose log-sum-exp is given: the difference of two numbers that nearly cancel must not see
+their product with log2(e) rounded.
 """
 
 from __future__ import annotations
@@ -55,28 +56,35 @@ def capped(logits, scale, cap):
 
 
 @triton.jit
-def masked(logits, mask, row, column, rows, columns, mask_row, mask_column, FACTOR: tl.constexpr):
-    """Logits with a tile of a mask applied: bool (true: seen) or float (added, times FACTOR).
+def masked(logits, mask, row, column, rows, columns, mask_row, mask_column):
+    """Logits with a tile of a mask applied: bool (true: seen) or float (added).
 
     mask points to the tile's first row; row, column: of the tile's elements, rows counted from that one.
     """
-    place = mask + row * mask_row + column * mask_column
+    # a mask may be a view whose rows lie so far apart that 32 bits overflow
+    place = mask + row.to(tl.int64) * mask_row + column.to(tl.int64) * mask_column
     inside = (row < rows) & (column < columns)
     if mask.dtype.element_ty == tl.int1:
         logits = tl.where(tl.load(place, mask=inside, other=0), logits, -float("inf"))
     else:
-        logits += tl.load(place, mask=inside, other=0.0).to(tl.float32) * FACTOR
+        logits += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     return logits
 
 
 def why_not(q: Tensor, k: Tensor, *values: Tensor) -> str:
-    """Why kernels do not serve queries and keys (and values) of these types and head sizes; "" when they do."""
+    """Why kernels do not serve queries and keys (and values) of these types, head sizes and batches; "" when they do.
+
+    Sizes that are symbols are not asked: the answer must hold for every value of theirs.
+    """
     kinds = {one.dtype for one in (q, k, *values)}
     if len(kinds) > 1 or kinds - {torch.float16, torch.bfloat16, torch.float32}:
         return f"kernels take one of float16, bfloat16, float32, not {', '.join(sorted(map(str, kinds)))}"
     widths = [one.shape[3] for one in (q, *values)]
     if any(not isinstance(width, int) or not 0 < width <= WIDEST for width in widths):
         return f"kernels take head sizes up to {WIDEST}, not {', '.join(map(str, widths))}"
+    batches = {one.shape[0] for one in (q, k, *values) if isinstance(one.shape[0], int)}
+    if len(batches) > 1:
+        return f"kernels take queries, keys and values of one batch, not batch sizes {str(sorted(batches))[1:-1]}"
     return ""
 
 

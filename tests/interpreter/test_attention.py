@@ -76,6 +76,45 @@ def test_a_query_that_sees_no_key_gets_zeros_and_attends_to_nothing():
     assert rows[:, :, others].isfinite().all()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_query_whose_keys_all_have_the_lowest_number_attends_to_all_alike(softcap):
+    q, k, v = tensors()
+    mask = torch.zeros(2, 1, 19, 53)
+    mask[1, :, 7] = torch.finfo(torch.float32).min
+    mask[0, :, 3] = torch.finfo(torch.bfloat16).min
+    mask[:, :, 11, 5:] = torch.finfo(torch.float32).min
+    compare("attention", q, k, v, None, mask, 0.3, False, softcap)
+    mean = v[1].mean(1).repeat_interleave(2, 0)
+    torch.testing.assert_close(kernel("attention", q, k, v, None, mask, 0.3, False, softcap)[1, :, 7], mean)
+    lse = OPS["attention_lse"].reference(q, k, None, mask, 0.3, False)
+    assert lse[1, :, 7].tolist() == [torch.finfo(torch.float32).min] * 4
+    torch.testing.assert_close(kernel("attention_lse", q, k, None, mask, 0.3, False), lse, rtol=1e-6, atol=1e-6)
+    rows = kernel("attention_rows", q, k, None, mask, 0.3)
+    torch.testing.assert_close(rows[1, :, 7], torch.full((4, 53), 1 / 53))
+    compare("attention_rows", q, k, None, mask, 0.3)
+    received = kernel("attention_received", q, k, lse, None, mask, None, 0.3, False)
+    truth = OPS["attention_received"].reference(q, k, lse, None, mask, None, 0.3, False)
+    torch.testing.assert_close(received, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wide", ["rows", "columns"])
+def test_a_mask_whose_elements_lie_billions_apart(wide):
+    """One that is a view: its offsets need 64 bits.  Pages of the storage that nothing touches cost no memory."""
+    count, apart = 130, 2**24
+    place = (apart, 1) if wide == "rows" else (1, apart)
+    mask = torch.zeros(count * apart, dtype=torch.bool).as_strided((1, 1, count, count), (0, 0, *place))
+    mask.fill_(True)
+    mask[0, 0, 129, 60:] = False
+    mask[0, 0, :, 129] = False
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, count, 16, generator=generator) for _ in range(3))
+    lse = OPS["attention_lse"].reference(q, k, None, mask, 0.3, False)
+    compare("attention", q, k, v, None, mask, 0.3, False)
+    received = kernel("attention_received", q, k, lse, None, mask, None, 0.3, False)
+    truth = OPS["attention_received"].reference(q, k, lse, None, mask, None, 0.3, False)
+    torch.testing.assert_close(received, truth, rtol=1e-5, atol=1e-6)
+
+
 def test_the_kernel_s_own_log_sum_exp_makes_columns_that_add_up_to_one():
     q, k, v = tensors(53, 53)
     for causal in (False, True):
@@ -93,3 +132,16 @@ def test_what_kernels_do_not_take_is_said():
     assert "one of float16" in twin.why_not(q.half(), k, v, *rest)
     wide = torch.zeros(1, 1, 4, 160)
     assert "head sizes up to 128, not 160" in twin.why_not(wide, wide, wide, *rest)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_with_lse", "attention_lse", "attention_rows"])
+def test_keys_of_another_batch_size_are_refused(name):
+    """The reference broadcasts them; a kernel would read beyond them."""
+    q, k, v = tensors()
+    values = (v[:1],) if name in ("attention", "attention_with_lse") else ()
+    twin = twin_of(OPS[name])
+    assert twin is not None
+    rest = (None, None, 0.3, False)[: 3 if name == "attention_rows" else 4]
+    assert "batch sizes 1, 2" in twin.why_not(q, k[:1], *values, *rest)
+    if values:
+        assert "batch sizes 1, 2" in twin.why_not(q, k, *values, *rest)
