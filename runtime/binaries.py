@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -54,30 +56,69 @@ def use_binaries(folder: Path, *, trusted: bool) -> str:
 def _install(folder: Path, architecture: str) -> str:
     import triton
 
+    try:
+        made_for, made_by, entries = _listed(folder)
+        if made_for != architecture:
+            return f"made for {made_for}, and this is {architecture}: compiled again when first called"
+        if made_by != triton.__version__:
+            return f"made by Triton {made_by}, and this is {triton.__version__}: compiled again when first called"
+        found = [Entry.read(folder / FOLDER, one) for one in entries]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        log.info("kernels of %s cannot be read: %r", folder, error)
+        return "unreadable: compiled again when first called"
+    for one in found:
+        install(one)
+    return f"{len(found)} in use, made for {made_for} by Triton {made_by}"
+
+
+def _listed(folder: Path) -> tuple[str, str, list[Any]]:
+    """Architecture, version of Triton and kernels of a list, which anything may have been done to."""
     listed = json.loads((folder / LIST).read_text(encoding="utf-8"))
-    made_by, made_for = listed["versions"]["triton"], listed["architecture"]
-    if made_for != architecture:
-        return f"made for {made_for}, and this is {architecture}: compiled again when first called"
-    if made_by != triton.__version__:
-        return f"made by Triton {made_by}, and this is {triton.__version__}: compiled again when first called"
-    for one in listed["kernels"]:
-        install(folder / FOLDER / one["name"], one["cache_key"], one["kernel"])
-    return f"{len(listed['kernels'])} in use, made for {made_for} by Triton {made_by}"
+    made_for, made_by, entries = listed["architecture"], listed["versions"]["triton"], listed["kernels"]
+    if not (isinstance(made_for, str) and isinstance(made_by, str) and isinstance(entries, list)):
+        raise TypeError(f"{LIST}: not as it was written")
+    return made_for, made_by, entries
 
 
-def install(entry: Path, key: str, kernel: str) -> None:
-    """Copy one folder of files into Triton's cache as the entry `key` of a kernel.
+@dataclass(frozen=True)
+class Entry:
+    """An entry of Triton's cache.
 
-    Raises:
-        ValueError: the key is no hash, or the entry holds a link.
+    key     64 hexadecimal digits
+    kernel  its name
+    files   their content by name
     """
+
+    key: str
+    kernel: str
+    files: dict[str, bytes]
+
+    @staticmethod
+    def read(folder: Path, listed: dict[str, Any]) -> Entry:
+        """What a list names, from a folder of entries.
+
+        Raises:
+            ValueError: the key is no hash, a name leads out of its folder, or the entry is, or holds, a link.
+            OSError, TypeError, KeyError: it is not there, or not as it was written.
+        """
+        name, key, kernel = listed["name"], listed["cache_key"], listed["kernel"]
+        entry = folder / name
+        if not re.fullmatch(r"[0-9a-f]{64}", key) or not (_is_plain(name) and _is_plain(kernel)) or entry.is_symlink():
+            raise ValueError(f"{entry}: not an entry of a kernel cache")
+        files = sorted(entry.iterdir())
+        if not files or any(file.is_symlink() or not file.is_file() for file in files):
+            raise ValueError(f"{entry}: not a folder of plain files")
+        return Entry(key, kernel, {file.name: file.read_bytes() for file in files})
+
+
+def _is_plain(name: str) -> bool:
+    return re.fullmatch(r"\w+", name) is not None
+
+
+def install(entry: Entry) -> None:
+    """Copy an entry into Triton's cache."""
     from triton.runtime.cache import get_cache_manager
 
-    if not re.fullmatch(r"[0-9a-f]{64}", key) or entry.is_symlink():
-        raise ValueError(f"{entry}: not an entry of a kernel cache")
-    manager, files = get_cache_manager(key), {}
-    for file in sorted(entry.iterdir()):
-        if file.is_symlink() or not file.is_file():
-            raise ValueError(f"{file}: not a plain file")
-        files[file.name] = manager.put(file.read_bytes(), file.name)
-    manager.put_group(f"{kernel[:150]}.json", files)
+    manager = get_cache_manager(entry.key)
+    files = {name: manager.put(content, name) for name, content in entry.files.items()}
+    manager.put_group(f"{entry.kernel[:150]}.json", files)

@@ -10,7 +10,7 @@ from tamis.kernels.triton import twin_of
 from tamis.kernels.triton.ahead import compile_launch, gpu_target
 from tamis.kernels.triton.architecture import Architecture
 from tamis.op import OPS
-from tamis.runtime.binaries import install
+from tamis.runtime.binaries import Entry, install
 
 SM_90 = Architecture.named("sm_90")
 
@@ -66,7 +66,7 @@ def test_an_installed_binary_needs_no_compiler(sm_90, tmp_path, monkeypatch):
     one.kernel.device_caches.clear()
     with pytest.raises(RuntimeError, match="no compiler"):
         key_of_the_jit(one)
-    install(entry, binary.key, binary.kernel)
+    install(Entry.read(tmp_path, {"name": "entry", "cache_key": binary.key, "kernel": binary.kernel}))
     one.kernel.device_caches.clear()
     assert key_of_the_jit(one) == binary.key
 
@@ -75,11 +75,13 @@ def _no_compiler(*_, **__):
     raise RuntimeError("no compiler")
 
 
-def test_links_and_strange_keys_are_refused(tmp_path):
+def test_links_and_strange_names_are_refused(tmp_path):
     entry = tmp_path / "entry"
     entry.mkdir()
     (entry / "kernel.cubin").symlink_to("/etc/hostname")
-    with pytest.raises(ValueError, match="not a plain file"):
-        install(entry, "0" * 64, "kernel")
-    with pytest.raises(ValueError, match="not an entry"):
-        install(entry, "../" * 5, "kernel")
+    listed = {"name": "entry", "cache_key": "0" * 64, "kernel": "kernel"}
+    with pytest.raises(ValueError, match="not a folder of plain files"):
+        Entry.read(tmp_path, listed)
+    for wrong in ({"cache_key": "../" * 5}, {"name": "../entry"}, {"kernel": "../kernel"}):
+        with pytest.raises(ValueError, match="not an entry"):
+            Entry.read(tmp_path, {**listed, **wrong})

@@ -18,7 +18,7 @@ def on_sm_90(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Architecture, "of", staticmethod(lambda device: KNOWN["sm_90"]))
     installed = []
-    monkeypatch.setattr(binaries, "install", lambda *what: installed.append(what))
+    monkeypatch.setattr(binaries, "install", installed.append)
     return installed
 
 
@@ -29,12 +29,47 @@ def listing(folder, architecture="sm_90", triton=None):
     versions = {"triton": triton or here.__version__}
     content = {"architecture": architecture, "versions": versions, "kernels": [kernel]}
     (folder / "kernels.json").write_text(json.dumps(content))
+    entry = folder / "kernels" / "match_0"
+    entry.mkdir(parents=True)
+    (entry / "match.cubin").write_bytes(b"code")
+    return content
 
 
 def test_they_are_installed_where_all_matches(on_sm_90, tmp_path):
     listing(tmp_path)
     assert "1 in use, made for sm_90" in binaries.use_binaries(tmp_path, trusted=True)
-    assert on_sm_90 == [(tmp_path / "kernels" / "match_0", "0" * 64, "match")]
+    assert on_sm_90 == [binaries.Entry("0" * 64, "match", {"match.cubin": b"code"})]
+
+
+def _with_kernel(**fields):
+    return lambda content: json.dumps(
+        {**content, "kernels": [*content["kernels"], {**content["kernels"][0], **fields}]}
+    )
+
+
+DAMAGED = {
+    "no JSON": lambda content: "{",
+    "no text": lambda content: b"\xff\xfe\xff",
+    "nested without end": lambda content: "[" * 200_000,
+    "a list": lambda content: "[]",
+    "fields missing": lambda content: "{}",
+    "no list of kernels": lambda content: json.dumps({**content, "kernels": 5}),
+    "kernels are words": lambda content: json.dumps({**content, "kernels": ["match_0"]}),
+    "a folder that is not there": _with_kernel(name="match_1"),
+    "a folder elsewhere": _with_kernel(name="../kernels/match_0"),
+    "a name that is a number": _with_kernel(name=1),
+    "a key that is no hash": _with_kernel(cache_key="zz"),
+    "a kernel's name that is a path": _with_kernel(kernel="../match"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_list_is_left_alone_as_a_whole(on_sm_90, tmp_path, damage):
+    text = DAMAGED[damage](listing(tmp_path))
+    (tmp_path / "kernels.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = binaries.use_binaries(tmp_path, trusted=True)
+    assert line == "compiled kernels: unreadable: compiled again when first called"
+    assert on_sm_90 == []
 
 
 @pytest.mark.parametrize(
@@ -59,6 +94,6 @@ def test_without_a_gpu_nothing_is_said(tmp_path):
 def test_an_architecture_is_needed_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(UnknownTarget):
         binaries.write_kernels(None, tmp_path, None)
-    listing(tmp_path)
+    (tmp_path / "kernels.json").touch()
     with pytest.raises(OutputExists):
         binaries.write_kernels(None, tmp_path, "sm_90")
