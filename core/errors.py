@@ -313,5 +313,8 @@ class TargetMissing(TamisError):
 
 
 class UnknownTarget(TamisError):
-    template = "unknown target {text!r}.\n  hint: use auto, cpu, cuda, cuda:sm_90 or rocm:gfx942."
+    template = (
+        "unknown target {text!r}.\n"
+        "  hint: use auto, cpu, cuda, or cuda: or rocm: with an architecture, which is one of {known}."
+    )
     exit_code = 2

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from .errors import UnknownTarget
 
+# those that Triton compiles for; a compiler given another one ends the process
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -24,10 +27,16 @@ class Target:
             import torch
 
             return Target("cuda" if torch.cuda.is_available() else "cpu")
-        match = re.fullmatch(r"(cpu|cuda|cuda:(sm_\d+a?)|rocm:(gfx\w+))", text)
-        if match is None:
-            raise UnknownTarget(text=text)
-        return Target(text.split(":")[0], match[2] or match[3])
+        match = re.fullmatch(r"(cpu|cuda|cuda:(sm_\d+)|rocm:(gfx\w+))", text)
+        arch = match and (match[2] or match[3])
+        if match is None or (arch and arch not in ARCHITECTURES):
+            raise UnknownTarget(text=text, known=", ".join(ARCHITECTURES))
+        return Target(text.split(":")[0], arch)
+
+    @staticmethod
+    def named(arch: str) -> Target:
+        """Of an architecture's name alone (`sm_90`), or with its kind (`cuda:sm_90`); raises UnknownTarget."""
+        return Target.parse(arch if ":" in arch else f"{'rocm' if arch.startswith('gfx') else 'cuda'}:{arch}")
 
     def __str__(self) -> str:
         return f"{self.device}:{self.arch}" if self.arch else self.device

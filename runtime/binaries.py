@@ -17,20 +17,23 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ..errors import UnknownTarget
+from ..errors import OutputExists, UnknownTarget
 from ..lowering.cross_compile import FOLDER, LIST, CrossCompiled, cross_compile
+from ..target import ARCHITECTURES, Target
 from .files import check_file, staged
 
 log = logging.getLogger(__name__)
 
 
-def write_kernels(program: ExportedProgram, directory: Path, architecture: str | None) -> CrossCompiled:
+def write_kernels(program: ExportedProgram, directory: Path, target: Target) -> CrossCompiled:
     """See `CompiledModel.write_kernels`; written whole or not at all."""
-    if architecture is None:
-        raise UnknownTarget(text="without an architecture")
+    if target.arch is None:
+        raise UnknownTarget(text=f"{target} without an architecture", known=", ".join(ARCHITECTURES))
     for name in (FOLDER, LIST):
+        if (directory / name).exists():
+            raise OutputExists(path=directory / name)
         check_file(directory / name, overwrite=False)
-    compiled = cross_compile(program, architecture)
+    compiled = cross_compile(program, target.arch)
     with staged(directory) as stage:
         compiled.write(stage)
         for name in (FOLDER, LIST):  # the list last: without it the folder means nothing

@@ -16,7 +16,7 @@ from ..graph import TokenGraph
 from ..report import Benchmark, Drift, Report
 from ..target import Target
 from .guard import Guard
-from .inputs import Call, Inputs, describe, mask_of
+from .inputs import Call, Inputs, describe, mask_of, misfit
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,8 +72,21 @@ class CompiledModel(nn.Module):
         """What the original returns; with token_map=True (that, token_map [B, N] int64)."""
         args, kwargs = self._inputs.bind(args, kwargs)
         if self.guard is not None and not self.guard.prefers_result((args, kwargs)):
-            return _called(self._lowered("original", self._original("forward")), (args, kwargs), self.graph.name)
-        return _called(self._lowered("result", self.graph), (args, kwargs), self.graph.name)
+            return self._run("original", self._original("forward"), (args, kwargs))
+        return self._run("result", self.graph, (args, kwargs))
+
+    def _run(self, which: str, graph: TokenGraph, call: Call) -> Any:
+        try:
+            return _called(self._lowered(which, graph), call, self.graph.name)
+        except (AttributeError, RuntimeError, TypeError, ValueError, InputMismatch) as error:
+            found = misfit(graph.program, call)
+            if not found:
+                raise
+            rule, hint = (
+                "inputs must be as the example's, batch and length apart",
+                "convert them, or compile for these.",
+            )
+            raise InputMismatch(where=self.graph.name, rule=rule, got=found, hint=hint) from error
 
     def verify(self, *args: Any, **kwargs: Any) -> Drift:
         """Run original and result on these inputs and compare; example inputs when there are none.
@@ -194,11 +207,12 @@ class CompiledModel(nn.Module):
 
         Raises:
             UnknownTarget: neither names an architecture.
-            KernelNotCompiled, OutputExists, OutputNotWritable.
+            MissingDependency, KernelInterpreted, KernelNotCompiled, OutputExists, OutputNotWritable.
         """
         from .binaries import write_kernels
 
-        return write_kernels(self.graph.program, Path(directory), architecture or self.target.arch)
+        target = self.target if architecture is None else Target.named(architecture)
+        return write_kernels(self.graph.program, Path(directory), target)
 
     def with_original(self, original: TokenGraph | None) -> CompiledModel:
         """This model with an original to verify against and to time (a loaded one has none); changes it in place."""

@@ -91,6 +91,20 @@ def input_nodes(program: ExportedProgram) -> list[Any]:
     return [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in lifted]
 
 
+def misfit(program: ExportedProgram, call: Call) -> str:
+    """What of a call does not fit the program's inputs, in words; "" when number, types and dimensions do."""
+    given = pytree.tree_leaves(call, is_leaf=lambda value: value is None)
+    for node, value in zip(input_nodes(program), given, strict=False):
+        wanted = node.meta.get("val")
+        if not isinstance(wanted, Tensor):
+            continue
+        if not isinstance(value, Tensor):
+            return f"{node.name} is {'missing' if value is None else f'a {type(value).__name__}, not a tensor'}"
+        if value.dtype != wanted.dtype or value.dim() != wanted.dim():
+            return f"{node.name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {shape_text(wanted)}"
+    return ""
+
+
 def example_call(program: ExportedProgram, args: Any = (), kwargs: Any = None) -> Call | None:
     """The call given, or the program's own example inputs; None when there are neither."""
     if args or kwargs:

@@ -120,9 +120,9 @@ def layer_lines(graph: TokenGraph) -> dict[str, int]:
     """Line of the user's model -> index of the layer between whose cuts it is; {} where one line makes several."""
     names = [node.name for node in graph.graph.nodes]
     starts = [names.index(layer.before_attention) for layer in graph.layers if layer.before_attention is not None]
-    if len(starts) < len(graph.layers):
+    if not graph.layers or len(starts) < len(graph.layers):
         return {}
-    last = graph.layers[-1].after_block if graph.layers else None
+    last = graph.layers[-1].after_block
     limits = [*starts[1:], len(names) if last is None else names.index(last)]
     found: dict[str, int] = {}
     for layer, start, limit in zip(graph.layers, starts, limits, strict=True):

@@ -10,6 +10,7 @@ import torch
 from tamis.errors import OutputExists, UnknownTarget
 from tamis.kernels.triton.architecture import KNOWN, Architecture
 from tamis.runtime import binaries
+from tamis.target import Target
 
 
 @pytest.fixture
@@ -92,8 +93,19 @@ def test_without_a_gpu_nothing_is_said(tmp_path):
 
 
 def test_an_architecture_is_needed_and_nothing_is_overwritten(tmp_path):
-    with pytest.raises(UnknownTarget):
-        binaries.write_kernels(None, tmp_path, None)
-    (tmp_path / "kernels.json").touch()
-    with pytest.raises(OutputExists):
-        binaries.write_kernels(None, tmp_path, "sm_90")
+    with pytest.raises(UnknownTarget, match="cpu without an architecture"):
+        binaries.write_kernels(None, tmp_path, Target("cpu"))
+    (tmp_path / "kernels").mkdir()
+    with pytest.raises(OutputExists, match="kernels: exists already"):
+        binaries.write_kernels(None, tmp_path, Target.named("sm_90"))
+
+
+@pytest.mark.parametrize("name", ["h100", "sm_13", "sm_999", "cuda:sm_70", "rocm:gfx000", "gfx1"])
+def test_architectures_that_triton_does_not_know_are_refused_before_any_work(name):
+    with pytest.raises(UnknownTarget, match="sm_80, sm_86"):
+        Target.named(name)
+
+
+def test_an_architecture_may_be_named_as_the_command_names_it():
+    assert Target.named("sm_90") == Target.named("cuda:sm_90") == Target("cuda", "sm_90")
+    assert Target.named("gfx942") == Target("rocm", "gfx942")

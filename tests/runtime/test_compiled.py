@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from toys import toy_call, toy_compiled, toy_graph
 
@@ -212,3 +213,20 @@ def test_inductor_mode() -> None:
     fast = toy_compiled(mode="default")
     _, kwargs = toy_call(batch=3)
     torch.testing.assert_close(fast(**kwargs)["logits"], toy_compiled()(**kwargs)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ((), "x is missing"),
+        (([1.0],), "x is a list, not a tensor"),
+        ((torch.randn(2, 3, 64, 64).double(),), r"x is torch.float64 \[2, 3, 64, 64\], not torch.float32"),
+        ((torch.randn(3, 64, 64),), r"x is torch.float32 \[3, 64, 64\], not torch.float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(wrong, said) -> None:
+    images = torch.randn(2, 3, 64, 64)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
+    fast = tamis.compile(model, (images,), passes="tome:r=2", verify=False)
+    with pytest.raises(InputMismatch, match=said):
+        fast(*wrong)
