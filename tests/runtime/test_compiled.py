@@ -219,7 +219,7 @@ def test_inductor_mode() -> None:
     ("wrong", "said"),
     [
         ((), "x is missing"),
-        (([1.0],), "x is a list, not a tensor"),
+        ((1.0,), "x is a float, not a tensor"),
         ((torch.randn(2, 3, 64, 64).double(),), r"x is torch.float64 \[2, 3, 64, 64\], not torch.float32"),
         ((torch.randn(3, 64, 64),), r"x is torch.float32 \[3, 64, 64\], not torch.float32"),
     ],
