@@ -100,6 +100,8 @@ def select_kernel(
     removed = removed_of(count, prefix, limit, slope_0, offset_0, divisor_0, slope_1, offset_1, divisor_1)
     protected = tl.minimum(count, prefix)
     free = count - protected
+    # a rule may say more than a row has
+    removed = tl.minimum(removed, free)
     kept = free - removed
     rank += batch * tokens
     if MASKED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -69,6 +71,36 @@ def test_select_equals_the_definition(order, fuse):
         out = rule.out(tokens)
         rows = [select_row(scores[i].tolist(), real[i].tolist(), out, rule, order, fuse) for i in range(3)]
         assert_rows(call("select_tokens", scores, valid, out, prefix, rule.flat(), order, fuse), rows)
+
+
+@pytest.mark.parametrize("order", ["original", "score"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_select_removes_no_more_than_a_row_has_and_writes_nowhere_else(order, fuse, monkeypatch):
+    """By a rule without a term that says so: rows of fewer unprotected tokens than it removes lose all of them."""
+    guarded, twin = [], twin_of(OPS["select_tokens"])
+
+    def within(self: torch.Tensor, size: tuple[int, ...], **options: Any) -> torch.Tensor:
+        """Between 16 entries of 77 on either side."""
+        count = math.prod(size)
+        guarded.append(torch.full((count + 32,), 77, dtype=options["dtype"]))
+        return guarded[-1][16 : 16 + count].view(size)
+
+    def work(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", within)
+            return twin.work(*args)
+
+    real = torch.tensor([[False] * 5, [True] + [False] * 4, [False, True, True, False, False], [True] * 5])
+    scores = torch.tensor([3.0, 1, 4, 1, 5]).expand(4, 5)
+    rule = CountRule(1, (at_most(2),), added=int(fuse))
+    got = run(dataclasses.replace(twin, work=work), scores, real, rule.out(5), 1, rule.flat(), order, fuse)
+    bounded = CountRule(1, (at_most(2), ALL), added=int(fuse))
+    rows = [select_row(scores[i].tolist(), real[i].tolist(), rule.out(5), bounded, order, fuse) for i in range(4)]
+    assert_rows(got, rows)
+    assert len(guarded) >= 3
+    for one in guarded:
+        assert (one[:16] == 77).all()
+        assert (one[-16:] == 77).all()
 
 
 @pytest.mark.parametrize("name", MAKERS)
