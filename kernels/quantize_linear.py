@@ -9,8 +9,10 @@ axis   int                 ignored where scale is one number
 dtype  int8, uint8, int16, uint16, int32
 ->     [...]     dtype
 
-ONNX keeps it as its QuantizeLinear, which runtimes fuse into integer arithmetic; on other back ends it is arithmetic that
-fuses with its neighbours.  Raises nothing.
+ONNX keeps it as its QuantizeLinear, which runtimes fuse into integer arithmetic; on other back ends it is arithmetic
+that fuses with its neighbours.  The division is in x's type, what follows in one that has all numbers of dtype.
+
+Raises nothing.
 Source: the ONNX operator of that name.
 """
 
@@ -30,7 +32,9 @@ OFTEN = {torch.int8, torch.uint8, torch.int32}  # types that ONNX quantises to i
 
 def reference(x: Tensor, scale: Tensor, zero: MaybeTensor, axis: int, block_size: int, dtype: torch.dtype) -> Tensor:
     """See the module."""
-    whole = torch.round(x / spread(scale, x, axis, block_size).to(x.dtype))
+    # the limits of a wide integer are no numbers of a narrow float: clamped to their neighbours, they would wrap
+    exact = torch.promote_types(x.dtype, torch.float64 if dtype == torch.int32 else torch.float32)
+    whole = torch.round(x / spread(scale, x, axis, block_size).to(x.dtype)).to(exact)
     if zero is not None:
         whole = whole + spread(zero.to(torch.int32), x, axis, block_size)
     limits = torch.iinfo(dtype)

@@ -9,8 +9,8 @@ scales   Tensor[]  one number each, float32
 zeros    Tensor[]  one number each, of the type that is rounded to
 places   int[]     ascending; where several are at one place, they follow each other
 
-The bias of token sizes is added behind all rounding of the logits: it is not what they were calibrated for.  A query that
-sees no key gets zeros.  Raises nothing.
+The bias of token sizes is added behind all rounding of the logits: it is not what they were calibrated for.  A query
+that sees no key gets zeros.  Raises nothing.
 Source: ours; this is what ONNX Runtime's static quantisation leaves of an attention that was written out.
 """
 
