@@ -25,7 +25,7 @@ from ..opaque import carried_in
 from ..report import Report
 from .embedded import EXTRA, extra_of, read_extra
 from .files import whole
-from .inputs import input_nodes
+from .inputs import Inputs, input_nodes
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class NativeModel(nn.Module):
     report, recipe  as the `CompiledModel` had them
     """
 
-    def __init__(self, run: Any, inputs: Sequence[Input], report: Report, recipe: Recipe) -> None:
+    def __init__(self, run: Any, call: Inputs, inputs: Sequence[Input], report: Report, recipe: Recipe) -> None:
         super().__init__()
-        self.run, self.inputs, self.report, self.recipe = run, tuple(inputs), report, recipe
+        self.run, self.call, self.inputs, self.report, self.recipe = run, call, tuple(inputs), report, recipe
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ class NativeModel(nn.Module):
         Raises:
             InputMismatch: tensors of another number, type or size than the package was made for.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten(self.call.bind(args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if len(tensors) != len(self.inputs):
             rule = f"it takes {', '.join(one.name for one in self.inputs)}"
@@ -116,7 +116,9 @@ def save_native(model: CompiledModel, path: str, *, overwrite: bool) -> str:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             hint = "save it without native code, or report the model and the recipe."
             raise ExportFailed(path=path, kind="a native package", reason=reason, hint=hint) from error
-        _add_member(temporary, json.dumps({**extra_of(model), "inputs": [asdict(one) for one in inputs_of(model)]}))
+        call = Inputs.of(model.graph.program)
+        takes = {"call": asdict(call), "inputs": [asdict(one) for one in inputs_of(model)]}
+        _add_member(temporary, json.dumps({**extra_of(model), **takes}))
     return path
 
 
@@ -144,4 +146,6 @@ def load_native(path: str) -> NativeModel:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CorruptModel(path=path, kind="a native package for this machine", reason=reason) from error
     inputs = [Input(one["name"], one["dtype"], tuple(one["shape"]), tuple(one["order"])) for one in extra["inputs"]]
-    return NativeModel(run, inputs, Report.from_dict(extra["report"]), Recipe.from_dict(extra["recipe"], path))
+    takes = extra["call"]
+    call = Inputs(tuple(takes["positional"]), tuple(takes["keyword"]), takes["fixed"])
+    return NativeModel(run, call, inputs, Report.from_dict(extra["report"]), Recipe.from_dict(extra["recipe"], path))

@@ -53,6 +53,7 @@ def test_it_is_loaded_where_it_is_trusted(fast, saved):
         tamis.load(saved)
     loaded = tamis.load(saved, trusted=True)
     with torch.no_grad():
+        torch.testing.assert_close(loaded(x=images(2)), fast(images(2)), rtol=1e-4, atol=1e-5)
         for batch in (1, 5):
             torch.testing.assert_close(loaded(images(batch)), fast(images(batch)), rtol=1e-4, atol=1e-5)
     assert loaded.recipe == fast.recipe
@@ -72,6 +73,12 @@ def test_layouts_are_brought_to_the_examples(fast, saved):
 def test_what_would_be_read_wrongly_is_refused(saved, wrong):
     with pytest.raises(InputMismatch, match=r"x must be torch.float32 \[any, 3, 64, 64\], got"):
         tamis.load(saved, trusted=True)(wrong)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((images(1), images(1)), {}), ((), {"y": images(1)})])
+def test_wrong_arguments_are_refused(saved, args, kwargs):
+    with pytest.raises(InputMismatch):
+        tamis.load(saved, trusted=True)(*args, **kwargs)
 
 
 def test_a_broken_package_is_said_so(saved, tmp_path):
