@@ -10,7 +10,7 @@ from torch import fx
 try:
     from torch._dispatch.python import enable_python_dispatcher
 except ImportError:  # it is not torch's public interface
-    from contextlib import nullcontext as enable_python_dispatcher
+    from contextlib import nullcontext as enable_python_dispatcher  # type: ignore[assignment]
 
 RESHAPES = {"aten.reshape", "aten.view", "aten._unsafe_view"}
 MOVES = {"aten.transpose", "aten.permute", "aten.swapaxes"}

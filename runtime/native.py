@@ -48,7 +48,8 @@ class Input:
     def of(node: fx.Node, example: Tensor) -> Input:
         """Of an input of a program and its example."""
         sizes = node.meta["val"].shape
-        order = sorted(range(example.dim()), key=lambda axis: (-example.stride(axis), axis))
+        strides = example.stride()
+        order = sorted(range(example.dim()), key=lambda axis: (-strides[axis], axis))
         shape = tuple(size if isinstance(size, int) else None for size in sizes)
         return Input(node.name, str(example.dtype), shape, tuple(order))
 
