@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from ...op import Op
 from .architecture import Architecture, Config
@@ -81,11 +83,19 @@ def run(twin: Twin, *args: Any) -> Any:
     """Compute the op: on the GPU its tensors are on, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)."""
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     launches, results = twin.work(Architecture.of(device), *args)
-    for one in launches:
-        if not any(size == 0 for size in one.grid if isinstance(size, int)):
-            options = {} if one.interpreted else one.config.options
-            _traceable(one.kernel)[one.grid](**one.arguments, **one.config.constants, **options)
+    with _current(device, args):
+        for one in launches:
+            if not any(size == 0 for size in one.grid if isinstance(size, int)):
+                options = {} if one.interpreted else one.config.options
+                _traceable(one.kernel)[one.grid](**one.arguments, **one.config.constants, **options)
     return results
+
+
+def _current(device: torch.device, args: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Makes the GPU of real tensors the current one: Triton launches on that, wherever the tensors are."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or detect_fake_mode(args) is not None:
+        return nullcontext()
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def as_torch_op(op: Op, twin: Twin, name: str | None = None) -> Any:
