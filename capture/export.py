@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..error_text import first_line
 from ..errors import CaptureFailed, DataDependentControlFlow, ExampleInputsMissing, TamisError, TrainingMode
 from .dims import Axes, find_axes, widened
 from .program import with_ranges
@@ -183,7 +184,7 @@ def _is_violation(error: Exception) -> bool:
 
 
 def _is_data_dependent(error: Exception) -> bool:
-    return type(error).__name__ == "GuardOnDataDependentSymNode" or "data-dependent" in _first_line(error).lower()
+    return type(error).__name__ == "GuardOnDataDependentSymNode" or "data-dependent" in first_line(error).lower()
 
 
 def _raise(error: Exception, name: str) -> NoReturn:
@@ -194,7 +195,7 @@ def _raise(error: Exception, name: str) -> NoReturn:
 
 def _explained(error: Exception, name: str) -> CaptureFailed:
     where = _user_line(error)
-    reason = _first_line(error)
+    reason = first_line(error)
     if _is_data_dependent(error):
         hint = "use torch.where, or torch.cond, or move the decision out of the model."
         return DataDependentControlFlow(model=name, reason="a branch or a size needs a value", where=where, hint=hint)
@@ -203,10 +204,6 @@ def _explained(error: Exception, name: str) -> CaptureFailed:
     else:
         hint = "check that model(*args, **kwargs) itself runs on these example inputs."
     return CaptureFailed(model=name, reason=reason.rstrip(".!"), where=where, hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _user_line(error: Exception) -> str:

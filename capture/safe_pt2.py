@@ -20,6 +20,7 @@ from typing import IO
 import torch
 from torch.export import ExportedProgram
 
+from ..error_text import first_line
 from ..errors import CorruptModel, ModelNotFound, PickleRefused, UnsafeProgram, UntrustedNativeCode
 from .program_text import find_code
 
@@ -106,8 +107,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
     except (CorruptModel, PickleRefused, UnsafeProgram):
         raise
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
-        raise CorruptModel(path=path, kind=KIND, reason=reason.rstrip(".")) from error
+        raise CorruptModel(path=path, kind=KIND, reason=first_line(error).rstrip(".")) from error
     finally:
         log.setLevel(level)
 

@@ -272,9 +272,9 @@ def _target(target: str | Target, graph: TokenGraph) -> Target:
     """The target; "auto" is the device the weights are on, because that is where the result will be called."""
     if str(target) != "auto":
         return Target.parse(target)
-    tensors = [*graph.program.state_dict.values(), *graph.program.constants.values()]
-    devices = {tensor.device.type for tensor in tensors if hasattr(tensor, "device")}
-    return Target("cuda" if "cuda" in devices else "cpu")
+    from ..lowering.callables import is_on_gpu
+
+    return Target("cuda" if is_on_gpu(graph.program) else "cpu")
 
 
 def first_line(error: Exception) -> str:

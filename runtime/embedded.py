@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..error_text import first_line
 from ..errors import CorruptModel
 from ..graph import RECIPE
 from ..recipe_errors import PlainProgram, RecipeInvalid
@@ -46,7 +47,7 @@ def read_extra(path: str | Path) -> dict[str, Any]:
             extra = json.loads(archive.read(member))
             return {**extra, "name": str(extra["name"]), "recipe": extra["recipe"], "report": extra["report"]}
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise CorruptModel(path=path, kind=SAVED, reason=_first_line(error)) from error
+        raise CorruptModel(path=path, kind=SAVED, reason=first_line(error).rstrip(".")) from error
 
 
 def recipe_in_onnx(path: str | Path) -> Any:
@@ -56,12 +57,8 @@ def recipe_in_onnx(path: str | Path) -> Any:
     try:
         model = onnx.load_model(str(path), load_external_data=False)
     except Exception as error:
-        raise RecipeInvalid(path=path, reason=f"it cannot be read as ONNX ({_first_line(error)})") from error
+        raise RecipeInvalid(path=path, reason=f"it cannot be read as ONNX ({first_line(error).rstrip('.')})") from error
     for entry in model.metadata_props:
         if entry.key == RECIPE:
             return json.loads(entry.value)
     raise RecipeInvalid(path=path, reason="this ONNX file was not made by tamis")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..error_text import first_line
 from ..errors import CorruptModel, ExportFailed, InputMismatch
 from ..opaque import carried_in
 from ..report import Report
@@ -114,9 +115,8 @@ def save_native(model: CompiledModel, path: str, *, overwrite: bool) -> str:
         try:
             ahead_of_time(model.graph.program, temporary)
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             hint = "save it without native code, or report the model and the recipe."
-            raise ExportFailed(path=path, kind="a native package", reason=reason, hint=hint) from error
+            raise ExportFailed(path=path, kind="a native package", reason=first_line(error), hint=hint) from error
         call = Inputs.of(model.graph.program)
         takes = {"call": asdict(call), "inputs": [asdict(one) for one in inputs_of(model)]}
         _add_member(temporary, json.dumps({**extra_of(model), **takes}))
@@ -144,8 +144,8 @@ def load_native(path: str) -> NativeModel:
     try:
         run = torch._inductor.aoti_load_package(path)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CorruptModel(path=path, kind="a native package for this machine", reason=reason) from error
+        kind = "a native package for this machine"
+        raise CorruptModel(path=path, kind=kind, reason=first_line(error)) from error
     inputs = [Input(one["name"], one["dtype"], tuple(one["shape"]), tuple(one["order"])) for one in extra["inputs"]]
     takes = extra["call"]
     call = Inputs(tuple(takes["positional"]), tuple(takes["keyword"]), takes["fixed"])

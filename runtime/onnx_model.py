@@ -14,6 +14,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from ..error_text import first_line
 from ..errors import InputMismatch, MissingDependency, TargetMissing
 
 _ELEMENTS = {
@@ -82,7 +83,7 @@ class OnnxModel(nn.Module):
         except Exception as error:
             got = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
             rule = "sizes must be those of the file's inputs"
-            raise InputMismatch(where="ONNX file", rule=rule, got=got, hint=_first_line(error)) from error
+            raise InputMismatch(where="ONNX file", rule=rule, got=got, hint=first_line(error)) from error
         # dlpack has no bool of ONNX Runtime's: it comes as bytes
         results = [
             from_dlpack(value).view(torch.bool) if value.data_type() == "tensor(bool)" else from_dlpack(value)
@@ -105,10 +106,6 @@ class OnnxModel(nn.Module):
                 rule = f"{name} must be a tensor of {wanted}"
                 raise InputMismatch(where="ONNX file", rule=rule, got=found or str(value.dtype), hint="convert it.")
         return given
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _choose(device: str) -> tuple[torch.device, str]:

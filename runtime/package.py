@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..error_text import first_line
 from ..errors import ExportFailed, TamisError, UntrustedNativeCode
 from ..graph import RECIPE, Interface, TokenGraph
 from ..op import OPS
@@ -41,7 +42,7 @@ def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
         except Exception as error:
             hint = "save the recipe instead, and compile again where the model is needed."
             raise ExportFailed(
-                path=path, kind="a torch.export program", reason=_first_line(error), hint=hint
+                path=path, kind="a torch.export program", reason=first_line(error).rstrip("."), hint=hint
             ) from error
     return path
 
@@ -49,6 +50,7 @@ def save_package(model: CompiledModel, path: str, *, overwrite: bool) -> str:
 def load_package(path: str, *, trusted: bool) -> CompiledModel | NativeModel:
     """Read what `save_package` or `save_native` wrote; see `tamis.load`."""
     from ..capture.safe_pt2 import load_program
+    from ..lowering.callables import is_on_gpu
     from .compiled import CompiledModel
 
     try:
@@ -70,7 +72,7 @@ def load_package(path: str, *, trusted: bool) -> CompiledModel | NativeModel:
         call=call if call is not None else ((), {}),
         recipe=recipe,
         report=_with_note(Report.from_dict(extra["report"]), use_binaries(Path(path).parent, trusted=trusted)),
-        target=_device_of(program),
+        target=Target("cuda" if is_on_gpu(program) else "cpu"),
         mode=recipe.options.get("mode"),
         token_map=bool(extra["token_map"]),
     )
@@ -117,7 +119,7 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
         if model.original is not None:
             model.run_original()  # raises InputMismatch when the example inputs are to blame
         hint = "save it as .pt2 instead, or report the model and the recipe."
-        raise ExportFailed(path=path, kind="ONNX", reason=_first_line(error), hint=hint) from error
+        raise ExportFailed(path=path, kind="ONNX", reason=first_line(error).rstrip("."), hint=hint) from error
     return path
 
 
@@ -146,12 +148,3 @@ def _reproducible(program: Any) -> Any:
     for node in program.graph.nodes:
         node.meta.pop("from_node", None)
     return program
-
-
-def _device_of(program: Any) -> Target:
-    devices = {tensor.device.type for tensor in program.state_dict.values()}
-    return Target("cuda" if "cuda" in devices else "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import SymInt, Tensor
 
+from ...error_text import first_line
 from ...target_errors import KernelInterpreted, KernelNotCompiled
 from .architecture import Architecture
 from .launch import Launch
@@ -140,8 +141,8 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Binary:
     try:
         compiled = triton.compile(signature.source, target=gpu_target(architecture), options=launch.config.options)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise KernelNotCompiled(kernel=launch.name, architecture=architecture.name, reason=reason) from error
+        names = {"kernel": launch.name, "architecture": architecture.name}
+        raise KernelNotCompiled(**names, reason=first_line(error)) from error
     return Binary(
         name=f"{launch.name}_{_digest(launch, signature, architecture)}",
         kernel=launch.name,
