@@ -7,7 +7,7 @@ has one (`triton`), by a model-local function in ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,12 @@ class Op:
         import torch
 
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+
+def all_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+    """The arguments of a call of a torch op by position, with the defaults of those left out."""
+    left, named = target._schema.arguments[len(args) :], kwargs or {}
+    return [*args, *(named.get(one.name, one.default_value) for one in left)]
 
 
 OPS: dict[str, Op] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.library import Library
 
-from ..op import NAMESPACE, OPS, Op
+from ..op import NAMESPACE, OPS, Op, all_arguments
 
 _LIBRARY: list[Library] = []
 
@@ -30,13 +30,8 @@ def _on_gpu(op: Op) -> Callable[..., Any]:
         from .triton.launch import run
 
         twin = twin_of(op)
-        if twin is None or twin.why_not(*_complete(op, args)):
+        if twin is None or twin.why_not(*all_arguments(op.call, args)):
             return op.reference(*args)
         return run(twin, *args)
 
     return call
-
-
-def _complete(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the defaults of those left out."""
-    return (*args, *(one.default_value for one in op.call._schema.arguments[len(args) :]))

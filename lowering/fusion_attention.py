@@ -16,6 +16,7 @@ from torch import fx
 from ..kernels.attention import ATTENTION
 from ..kernels.attention_lse import ATTENTION_LSE
 from ..kernels.attention_with_lse import ATTENTION_WITH_LSE
+from ..op import all_arguments
 from .fusion import Fired, insert_op
 from .splice import op_of
 
@@ -55,8 +56,7 @@ def _operands(node: fx.Node) -> Operands | None:
 
 def _all_arguments(node: fx.Node) -> list[Any]:
     """The arguments with defaults, each as the node that computes it."""
-    parameters = node.target._schema.arguments[len(node.args) :]  # type: ignore[union-attr]
-    return [_behind(x) for x in (*node.args, *(node.kwargs.get(one.name, one.default_value) for one in parameters))]
+    return [_behind(value) for value in all_arguments(node.target, node.args, node.kwargs)]
 
 
 def _behind(value: Any) -> Any:

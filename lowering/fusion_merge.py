@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from ..kernels.add_reduce_norm import ADD_REDUCE_NORM
 from ..kernels.merge_tokens import MERGE_TOKENS
 from ..kernels.reduce_tokens import REDUCE_TOKENS
+from ..op import all_arguments
 from .fusion import Fired, insert_op
 from .splice import op_of
 
@@ -182,9 +183,8 @@ def _norm(node: fx.Node) -> tuple[Any, ...] | None:
     """norm, weight, bias and eps of a norm over the features; None where the node is something else."""
     if node.op != "call_function" or node.target not in NORMS:
         return None
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    by_place = {one.name: value for one, value in zip(schema, node.args, strict=False)}
-    given = {**{one.name: one.default_value for one in schema}, **by_place, **node.kwargs}
+    names = [one.name for one in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, all_arguments(node.target, node.args, node.kwargs), strict=True))
     if len(given["normalized_shape"]) != 1 or given["eps"] is None:
         return None
     return NORMS[node.target], given["weight"], given.get("bias"), given["eps"]  # type: ignore[index]

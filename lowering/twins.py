@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from ..op import Op
+from ..op import Op, all_arguments
 from .splice import op_of
 
 
@@ -54,13 +54,7 @@ def place_twins(graph: fx.Graph) -> list[Placed]:
 def _placed(node: fx.Node, op: Op) -> Placed:
     from ..kernels.triton import twin_of
 
-    arguments, twin = _arguments(node, op), twin_of(op)
+    given = tuple(all_arguments(op.call, node.args, node.kwargs))
+    arguments, twin = fx.map_arg(given, lambda one: one.meta["val"]), twin_of(op)
     reason = "it has no kernel" if twin is None else twin.why_not(*arguments)
     return Placed(node.name, op, None if reason else twin, reason, arguments)
-
-
-def _arguments(node: fx.Node, op: Op) -> tuple[Any, ...]:
-    given = list(node.args)
-    for argument in op.call._schema.arguments[len(given) :]:
-        given.append(node.kwargs.get(argument.name, argument.default_value))
-    return tuple(fx.map_arg(given, lambda one: one.meta["val"]))

@@ -58,7 +58,7 @@ class Launch:
     @property
     def interpreted(self) -> bool:
         """Whether Triton was told to interpret kernels when this one was defined (TRITON_INTERPRET=1)."""
-        return _interpreted(self.kernel)
+        return type(self.kernel).__name__ == "InterpretedFunction"
 
 
 Work = tuple[list[Launch], Any]  # launches in order, and the results they fill: tensors, as the op returns them
@@ -86,8 +86,9 @@ def run(twin: Twin, *args: Any) -> Any:
     with _current(device, args):
         for one in launches:
             if not any(size == 0 for size in one.grid if isinstance(size, int)):
+                kernel = one.kernel if one.interpreted else torch.library.wrap_triton(one.kernel)
                 options = {} if one.interpreted else one.config.options
-                _traceable(one.kernel)[one.grid](**one.arguments, **one.config.constants, **options)
+                kernel[one.grid](**one.arguments, **one.config.constants, **options)
     return results
 
 
@@ -98,13 +99,12 @@ def _current(device: torch.device, args: Sequence[Any]) -> AbstractContextManage
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def as_torch_op(op: Op, twin: Twin, name: str | None = None) -> Any:
+def as_torch_op(op: Op, twin: Twin) -> Any:
     """The op `tamis_triton::NAME`, a `triton_op` that Inductor and AOTInductor see through.  CUDA tensors only."""
-    name = name or op.name
-    if name not in _DEFINED:
+    if op.name not in _DEFINED:
         function = _annotated(lambda *args: run(twin, *args), op.schema)
-        _DEFINED[name] = torch.library.triton_op(f"{NAMESPACE}::{name}", function, mutates_args=())
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        _DEFINED[op.name] = torch.library.triton_op(f"{NAMESPACE}::{op.name}", function, mutates_args=())
+    return getattr(getattr(torch.ops, NAMESPACE), op.name).default
 
 
 def _annotated(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
@@ -124,11 +124,3 @@ def _annotated(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
     result = tuple[(Tensor,) * len(parsed.returns)] if several else Tensor  # type: ignore[misc]
     annotated.__signature__ = inspect.Signature(parameters, return_annotation=result)
     return annotated
-
-
-def _interpreted(kernel: Any) -> bool:
-    return type(kernel).__name__ == "InterpretedFunction"
-
-
-def _traceable(kernel: Any) -> Any:
-    return kernel if _interpreted(kernel) else torch.library.wrap_triton(kernel)
