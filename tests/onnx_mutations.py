@@ -1,32 +1,19 @@
 """Small ONNX models, and damage done to them by a seed: to their bytes, or to what they say.
 
-`python onnx_mutations.py FIRST SECONDS FOLDER` loads damaged files from seed FIRST on for so many seconds, in as much
-memory as is good for one, and prints what became of them; a seed stands in FOLDER/seed while it is at work.
+What a seed does depends on the version of onnx: one sort of damage is another operator that it knows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import random
-import resource
-import signal
-import sys
-import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
-MEMORY = 12 * 2**30  # address space, of which torch alone takes several
-PATIENCE = 60  # seconds for one file, on a machine that does other things too
-EXPORTED = 8  # of so many files that can be read, one is exported as well
 INTERESTING = [0, 1, -1, 2, 3, 7, -7, 64, 255, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1, -(2**63)]
 
 
@@ -96,6 +83,7 @@ def models() -> list[ModelProto]:
         model(attention, w=W, scale=W[0], mask=np.array(True), low=-1e9),
         model(integers, step=0.1, zero=np.array(3, np.int8), wq=BYTES, steps=W[3] + 2, zeros=BYTES[0] * 0),
         model(loops(), trips=3, yes=np.array(True), axes=[1]),
+        own_function(),
         model(
             windows, starts=[0], ends=[9], axes=[1], k=W.reshape(4, 4, 1)[:, :, [0, 0, 0]], three=[3], twice=[1, 2, 1]
         ),
@@ -118,6 +106,21 @@ def loops() -> list[onnx.NodeProto]:
         node("ReduceMean", "f axes", "r", keepdims=1),
         node("Einsum", "r f", "y", equation="bij,bkj->bik"),
     ]
+
+
+def own_function() -> ModelProto:
+    """A function of the file's own, called twice with an attribute, and a sparse weight."""
+    content = model([node("Own", "x", "a", domain="own", way=-1), node("Own", "a", "b", domain="own", way=1)])
+    content.graph.node.append(node("Add", "b sparse", "y"))
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    body = [node("Softmax", "i", "s"), node("Constant", "", "c", value_float=0.5), node("Mul", "s c", "o")]
+    body[0].attribute.append(helper.make_attribute_ref("axis", AttributeProto.INT, ref_attr_name="way"))
+    content.opset_import.append(opsets[1])
+    content.functions.append(helper.make_function("own", "Own", ["i"], ["o"], body, opsets, ["way"]))
+    indices = numpy_helper.from_array(np.array([1, 3], np.int64), "places")
+    sparse = helper.make_sparse_tensor(numpy_helper.from_array(W[0, :2], "sparse"), indices, [1, 4])
+    content.graph.sparse_initializer.append(sparse)
+    return content
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -157,12 +160,18 @@ def graphs(graph: GraphProto) -> Iterator[GraphProto]:
                 yield from graphs(attribute.g)
 
 
+def every_node(content: ModelProto) -> list[onnx.NodeProto]:
+    """Those of the graph, of graphs inside, and of functions."""
+    own = [one for function in content.functions for one in function.node]
+    return own + [one for graph in graphs(content.graph) for one in graph.node]
+
+
 def some_node(content: ModelProto, chance: random.Random) -> onnx.NodeProto:
-    return chance.choice([one for graph in graphs(content.graph) for one in graph.node])
+    return chance.choice(every_node(content))
 
 
 def some_name(content: ModelProto, chance: random.Random) -> str:
-    names = [name for graph in graphs(content.graph) for one in graph.node for name in (*one.input, *one.output)]
+    names = [name for one in every_node(content) for name in (*one.input, *one.output)]
     return chance.choice([*names, "", "x", "nowhere"])
 
 
@@ -196,14 +205,14 @@ def change_domain(content: ModelProto, chance: random.Random) -> None:
 
 
 def change_attribute(content: ModelProto, chance: random.Random) -> None:
-    one = chance.choice([found for graph in graphs(content.graph) for found in graph.node if found.attribute])
+    one = chance.choice([found for found in every_node(content) if found.attribute])
     attribute = chance.choice(one.attribute)
     value = chance.choice(INTERESTING)
     match chance.randrange(5):
         case 0:
             attribute.name = chance.choice(["axis", "axes", "perm", "to", "keepdims", "pads", "value", "own"])
         case 1:
-            attribute.type = chance.randrange(12)  # type: ignore[assignment]
+            attribute.type = chance.randrange(15)  # type: ignore[assignment]
         case 2:
             one.attribute.remove(attribute)
         case 3 if attribute.ints:
@@ -256,62 +265,3 @@ DAMAGES: list[Callable[[ModelProto, random.Random], None]] = [
     *[rewire, swap_inputs, change_arity, change_operator, change_operator, change_domain, change_attribute],
     *[change_attribute, change_tensor, change_tensor, change_input, move_node, change_version],
 ]
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-class TooSlow(BaseException):
-    """A file took longer than PATIENCE."""
-
-
-def attempt(path: str, export: bool) -> str:
-    """What becomes of a file: "evaluated", "exported", or the name of our error; other exceptions are passed on."""
-    import torch
-
-    from tamis.capture.export import export_module
-    from tamis.capture.onnx.source import load_onnx
-    from tamis.errors import TamisError
-
-    try:
-        loaded = load_onnx(path)
-        if export:
-            export_module(loaded.module, loaded.args, {}, dynamic_shapes=loaded.axes, name="m")
-            return "exported"
-        with torch.no_grad():
-            loaded.module(*loaded.args)
-    except TamisError as error:
-        return type(error).__name__
-    return "evaluated"
-
-
-def main(first: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """Load damaged files for some time: how many became what, and the first seed that went wrong with its traceback."""
-    import torch
-
-    torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-    def too_slow(*_: Any) -> None:
-        raise TooSlow
-
-    signal.signal(signal.SIGALRM, too_slow)
-    answers: Counter[str] = Counter()
-    seed, end, path = first, time.monotonic() + seconds, folder / "m.onnx"
-    while time.monotonic() < end:
-        (folder / "seed").write_text(str(seed))
-        path.write_bytes(damaged(seed))
-        signal.alarm(PATIENCE)
-        try:
-            answers[attempt(str(path), seed % EXPORTED == 0)] += 1
-        except BaseException:
-            return {"answers": answers, "seed": seed, "error": traceback.format_exc()}
-        finally:
-            signal.alarm(0)
-        seed += 1
-    return {"answers": answers, "seed": None, "error": ""}
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]))))

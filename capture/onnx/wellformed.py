@@ -110,14 +110,24 @@ def _check_nodes(nodes: list[NodeProto], path: str, folder: Path, known: set[str
 
 def _check_attribute(attribute: AttributeProto, path: str, folder: Path, known: frozenset[str], depth: int) -> None:
     _require_text(path, attribute.name)
-    missing = {AttributeProto.TENSOR: "t", AttributeProto.GRAPH: "g"}.get(attribute.type)
-    if missing is not None and not attribute.HasField(missing) and not attribute.ref_attr_name:  # type: ignore[arg-type]
-        raise MalformedGraph(path=path, reason=f"attribute {attribute.name!r} has no value")
+    if not attribute.ref_attr_name:  # else type and value are those that the function's caller gives
+        _check_value(attribute, path)
     tensors: list[TensorProto] = [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]
     for tensor in tensors:
         check_tensor(tensor, path, folder)
     for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
         check_graph(graph, path, folder, known, depth + 1)
+
+
+def _check_value(attribute: AttributeProto, path: str) -> None:
+    """Raise unless an attribute says which type it has, has a value where that is a message, and is not sparse."""
+    if attribute.type == AttributeProto.UNDEFINED:
+        raise MalformedGraph(path=path, reason=f"attribute {attribute.name!r} has no type")
+    if attribute.type in (AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS):
+        raise TypeUnsupported(path=path, where=f"attribute {attribute.name!r}", got="sparse tensor", hint=HINT)
+    field = {AttributeProto.TENSOR: "t", AttributeProto.GRAPH: "g", AttributeProto.TYPE_PROTO: "tp"}.get(attribute.type)
+    if field is not None and not attribute.HasField(field):  # type: ignore[arg-type]
+        raise MalformedGraph(path=path, reason=f"attribute {attribute.name!r} has no value")
 
 
 def _check_functions(model: onnx.ModelProto, path: str, folder: Path) -> None:

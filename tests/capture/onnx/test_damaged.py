@@ -12,7 +12,7 @@ from onnx_graphs import model, node
 
 from tamis.capture.onnx.source import load_onnx
 from tamis.errors import TamisError
-from tamis.onnx_errors import MalformedGraph, NodeFailed
+from tamis.onnx_errors import MalformedGraph, NodeFailed, TypeUnsupported
 
 NODES = (
     node("Shape", "x", "sizes"),
@@ -73,6 +73,53 @@ def test_attributes_without_a_value(tmp_path: Path) -> None:
     content = onnx.ModelProto.FromString(WHOLE)
     content.graph.node[0].attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
     assert "attribute 'value' has no value" in refused(tmp_path, content.SerializeToString())
+
+
+def branches(inner: onnx.NodeProto) -> onnx.ModelProto:
+    """A branch that holds a node, which uses x."""
+    value = helper.make_tensor_value_info("e", TensorProto.FLOAT, None)
+    graphs = [helper.make_graph([inner], name, [], [value]) for name in ("then", "else")]
+    nodes = [node("If", "yes", "y", then_branch=graphs[0], else_branch=graphs[1])]
+    return model(nodes, ["b", "n", 4], yes=True)
+
+
+def calls(inner: onnx.NodeProto) -> onnx.ModelProto:
+    """A function of the file's own that holds a node, which uses x."""
+    content = model([node("Neg", "x", "y")], ["b", "n", 4])
+    content.graph.node[0].op_type, content.graph.node[0].domain = "Own", "own"
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    content.opset_import.append(opsets[1])
+    content.functions.append(helper.make_function("own", "Own", ["x"], ["e"], [inner], opsets))
+    return content
+
+
+def plain(inner: onnx.NodeProto) -> onnx.ModelProto:
+    """A node of the graph itself, which uses x."""
+    return model([node("Neg", "x", "y"), inner], ["b", "n", 4])
+
+
+HOLDERS = {"graph": plain, "branch": branches, "function": calls}
+UNTYPED = onnx.AttributeProto(name="axis", i=1)
+KNOWN, CARRIED, UNKNOWN = "Softmax", "SoftmaxCrossEntropyLoss", "NoOperator"
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("operator", [KNOWN, CARRIED, UNKNOWN])
+def test_attributes_without_a_type(tmp_path: Path, holder: str, operator: str) -> None:
+    inner = node(operator, "x", "e")
+    inner.attribute.append(UNTYPED)
+    content = HOLDERS[holder](inner).SerializeToString()
+    assert "attribute 'axis' has no type" in refused(tmp_path, content)
+
+
+@pytest.mark.parametrize("kind", ["SPARSE_TENSOR", "SPARSE_TENSORS"])
+def test_attributes_that_are_sparse(tmp_path: Path, kind: str) -> None:
+    content = onnx.ModelProto.FromString(WHOLE)
+    content.graph.node[0].attribute.add(name="own", type=onnx.AttributeProto.AttributeType.Value(kind))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content.SerializeToString())
+    with pytest.raises(TypeUnsupported, match="attribute 'own' is of type sparse tensor"):
+        load_onnx(str(path))
 
 
 def test_more_axes_than_an_array_has(tmp_path: Path) -> None:
