@@ -18,6 +18,7 @@ from ..op import OPS
 from ..rewrite import Options, Pass, Result
 from ..schedule import Schedule
 from ..tokens import Plan, Tokens
+from .properties import PRUNING
 
 KEEP_ONE: Term = (1, -1, 1)
 
@@ -39,6 +40,7 @@ class TokenReduction(Pass):
     limit: ClassVar[Term] = KEEP_ONE  # the most that a method can remove at one layer
     added: ClassVar[int] = 0
     family: ClassVar[str] = "reduction"
+    properties: ClassVar[frozenset[str]] = PRUNING  # what holds of it, in the words of `properties.py`
 
     r: Any = None
     keep_ratio: Any = None

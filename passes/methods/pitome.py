@@ -17,6 +17,7 @@ from ...errors import BadParameter
 from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import merge_plan
+from ..properties import MERGING, ORDER_FREE, SET_FREE
 from ..reduction import TokenReduction
 
 ENERGIES = ("code", "paper")
@@ -46,6 +47,7 @@ class PiToMe(TokenReduction):
     """
 
     limit: ClassVar[Term] = HALF
+    properties: ClassVar[frozenset[str]] = MERGING | {ORDER_FREE, SET_FREE}
 
     margin: float = 0.9
     alpha: float = 1.0

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...kernels.hash_scores import hash_scores
 from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import keep_plan
+from ..properties import EXACT_COUNT, KEEPS_SURVIVORS, SCALE_FREE
 from ..reduction import TokenReduction, quarter_layers
 
 
@@ -27,6 +29,8 @@ class RandomDrop(TokenReduction):
         layers: layers to drop in.
         seed: another draw for each.
     """
+
+    properties: ClassVar[frozenset[str]] = frozenset({EXACT_COUNT, KEEPS_SURVIVORS, SCALE_FREE})
 
     seed: int = 0
 

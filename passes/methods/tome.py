@@ -14,6 +14,7 @@ from ...counts import HALF, Term
 from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import match_plan
+from ..properties import MERGING
 from ..reduction import TokenReduction
 
 
@@ -36,6 +37,7 @@ class ToMe(TokenReduction):
     """
 
     limit: ClassVar[Term] = HALF
+    properties: ClassVar[frozenset[str]] = MERGING
 
     prop_attn: bool = True
 
