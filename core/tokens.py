@@ -32,6 +32,7 @@ class Plan:
     counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
     spare            bool    whether `moved` may have unused entries; without them merging costs less
+    grid             ints    rows, columns that the slots after the prefix fill in raster order; None: no longer a grid
     """
 
     slot: Tensor
@@ -45,11 +46,12 @@ class Plan:
     counts_sizes: bool = True
     drops: bool = False
     spare: bool = True
+    grid: tuple[int, int] | None = None
 
 
 @dataclass
 class Attention:
-    """Statistics of the attention just passed, computed on demand from q and k, never from an N x N matrix.
+    """Statistics of the attention just passed, computed on demand from q and k; all but one without an N x N matrix.
 
     Rows are softmax(q k^T * scale + bias) in float32, with the padding, the size bias and the bias for pairs of tokens
     (relative positions) that the attention itself had; grouped heads have as many rows as there are query heads.
@@ -57,24 +59,36 @@ class Attention:
     """
 
     class_row: Callable[[], Tensor]
-    columns: Callable[[], Tensor]
+    columns: Callable[[Tensor | None, Tensor | None], Tensor]
     picked_rows: Callable[[Tensor], Tensor]
+    whole: Callable[[], Tensor]
 
     def cls_row(self) -> Tensor:
         """Attention of the class token (the first real token) to every token.  -> [B, H, N] float32."""
         return self.class_row()
 
-    def received(self) -> Tensor:
+    def received(self, weight: Tensor | None = None, among: Tensor | None = None) -> Tensor:
         """Attention every token receives: the mean over the real tokens that ask, each once.  -> [B, H, N] float32.
+
+        weight [B, N] float32 counts each asking token so much instead; among [B, N] bool is attention as it would be
+        without the other tokens: only these ask, and what one gives them adds up to 1.
 
         Adds up to 1 over the tokens.  Costs the product of queries and keys again, twice where the attention itself
         does not give its log-sum-exp; never a matrix on a GPU.
         """
-        return self.columns()
+        return self.columns(weight, among)
 
     def rows(self, index: Tensor) -> Tensor:
         """Attention of the tokens at index [B, R] int64 to every token.  -> [B, H, R, N] float32."""
         return self.picked_rows(index)
+
+    def matrix(self) -> Tensor:
+        """Attention of every token to every token; rows of padding are 0.  -> [B, H, N, N] float32.
+
+        Costs memory and time of its own, the more the longer the sequence: what the other statistics were made to
+        avoid.  For methods that must read it more than once.
+        """
+        return self.whole()
 
 
 @dataclass
@@ -93,7 +107,8 @@ class Tokens:
     layers: int  # layers in the model
     sizes: Tensor | None = None  # [B, N] float32, None: all 1
     valid: Tensor | None = None  # [B, N] bool, None: no padding
-    grid: tuple[int, int] | None = None  # rows, columns of the patch tokens, where known
+    grid: tuple[int, int] | None = None  # rows, columns that the patch tokens fill in raster order; None: no grid
+    lattice: tuple[int, int] | None = None  # the last grid there was, in which `places` are; None: never one
     _tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     _attention: Callable[[], Attention] | None = field(default=None, repr=False)
 
@@ -121,6 +136,11 @@ class Tokens:
     def positions(self) -> Tensor:
         """[B, N] int64: rank of each token's leader among the row's original real tokens."""
         return self._tensors["positions"]()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[B, N] int64: place of each token's leader in the `lattice`, in raster order; below 0 in the prefix."""
+        return self._tensors["places"]()
 
     @cached_property
     def source(self) -> Tensor:

@@ -47,7 +47,7 @@ class CutRunner:
         """The stream at this cut with the current token count; the first cut starts the state."""
         run, mark = self.interpreter, self.interpreter.marks.get(node)
         if run.state is None:
-            run.state = StreamState(value.shape[0], value.shape[1], self.valid(), value.device)
+            run.state = StreamState(value.shape[0], value.shape[1], self.valid(), value.device, self.graph.grid)
         if isinstance(mark, Restored):
             return run.state.reduce_all(value)
         if run.state.plans and (not isinstance(mark, Axes) or mark.dims != (1,) or mark.epoch != run.state.epoch):
@@ -141,12 +141,14 @@ class CutRunner:
             layers=len(self.graph.layers),
             sizes=state.sizes,
             valid=state.valid,
-            grid=self.graph.grid,
+            grid=state.grid,
+            lattice=state.lattice,
             _tensors={
                 "queries": lambda: self._at_site(site.q),
                 "keys": lambda: self._at_site(site.k),
                 "values": lambda: self._at_site(site.v),
                 "positions": state.positions,
+                "places": lambda: state.places(self.graph.prefix),
                 "source": lambda: token_map(state, hidden, state.valid),
                 **(rotated if site.k_before_rope else {}),
             },
@@ -180,13 +182,24 @@ class CutRunner:
         def probabilities(few: Tensor, mask: Tensor | None) -> Tensor:
             return torch.ops.tamis.attention_rows(few, keys, state.key_bias(), mask, site.scale)
 
-        def columns() -> Tensor:
+        def columns(weight: Tensor | None, among: Tensor | None) -> Tensor:
             bias, mask = state.key_bias(), self._mask_rows(site, slice(None))
+            if among is not None:
+                bias = torch.where(among, 0.0 if bias is None else bias, -torch.inf)
+            for asking in (state.valid, among):
+                if asking is not None:
+                    weight = asking if weight is None else weight * asking
             rest = site.scale, site.causal
             lse = torch.ops.tamis.attention_lse(queries, keys, bias, mask, *rest)
-            return torch.ops.tamis.attention_received(queries, keys, lse, bias, mask, state.valid, *rest)
+            return torch.ops.tamis.attention_received(queries, keys, lse, bias, mask, weight, *rest)
 
-        return Attention(class_row, columns, rows)
+        def whole() -> Tensor:
+            mask = self._mask_rows(site, slice(None))
+            places = torch.arange(keys.shape[2], device=keys.device).unsqueeze(0)
+            every = probabilities(queries, _without_later(mask, places, keys) if site.causal else mask)
+            return every if state.valid is None else every.masked_fill(~state.valid[:, None, :, None], 0)
+
+        return Attention(class_row, columns, rows, whole)
 
     def _mask_rows(self, site: Site, rows: slice | Tensor) -> Tensor | None:
         """[., ., R, N] what a mask for pairs of tokens says of some (a slice, or [B, R]); None without such a mask."""

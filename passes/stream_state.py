@@ -17,8 +17,17 @@ class StreamState:
     All tensors are traced: every question asked here may add nodes to the graph, each once (answers are kept).
     """
 
-    def __init__(self, batch: Any, count: Any, valid: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        batch: Any,
+        count: Any,
+        valid: Tensor | None,
+        device: torch.device,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         self.batch, self.device = batch, device
+        self.grid = self.lattice = grid  # the grid that the patch tokens of now fill, and the last there was
+        self._lattice_epoch = 0
         self.counts: list[Any] = [count]  # tokens at every epoch
         self.plans: list[Plan] = []
         self.plan_sizes: list[Tensor | None] = []  # sizes before each plan
@@ -57,6 +66,9 @@ class StreamState:
                 sizes = self._added_up(plan)
         self.plans.append(plan)
         self.counts.append(plan.out)
+        self.grid = plan.grid
+        if plan.grid is not None:
+            self.lattice, self._lattice_epoch = plan.grid, self.epoch
         self.valid, self.sizes = plan.valid, sizes
         self.size_bias = self.size_bias or (size_bias and sizes is not None)
         return x
@@ -116,6 +128,14 @@ class StreamState:
         else:
             ranks = (self._first_valid.cumsum(1) - 1).clamp(min=0)
         return ranks.gather(1, self.leader(0)) if self.plans else ranks
+
+    def places(self, prefix: int) -> Tensor:
+        """[B, N] int64 place of each slot's leader in the lattice, in raster order; below 0 for the `prefix` tokens."""
+        since = self._lattice_epoch
+        if since < self.epoch:
+            return self.leader(since) - prefix
+        count = self.counts[-1]
+        return (torch.arange(count, device=self.device) - prefix).unsqueeze(0).expand(self.batch, count)
 
     def key_bias(self) -> Tensor | None:
         """[B, N] float32 added to the logits of each key: log size where tracked, -inf where there is no token."""

@@ -29,7 +29,8 @@ class Stream:
     layers: int
     prefix: int
     valid: Tensor | None = None
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None  # that the patches of now fill
+    lattice: tuple[int, int] | None = field(init=False)  # the last there was
     causal: bool = False  # slots then stand where the last of their tokens stood
     sizes: Tensor | None = None
     size_bias: bool = False
@@ -41,9 +42,10 @@ class Stream:
     _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
     _raw_keys: Tensor | None = None
     _bias: Tensor | float = 0.0
+    _placed: Tensor | None = None  # [B, N] place in the lattice, where it is not simply the order of tokens
 
     def __post_init__(self) -> None:
-        self.original_valid = self.valid
+        self.original_valid, self.lattice = self.valid, self.grid
 
     def attend(
         self,
@@ -129,15 +131,17 @@ class Stream:
             sizes=self.sizes,
             valid=self.valid,
             grid=self.grid,
+            lattice=self.lattice,
             _tensors={
                 "queries": lambda: q,
                 "keys": lambda: k,
                 "keys_before_rope": lambda: k if self._raw_keys is None else self._raw_keys,
                 "values": lambda: v,
                 "positions": lambda: self._positions(x),
+                "places": lambda: self._places(x),
                 "source": lambda: self._source_now(x),
             },
-            _attention=lambda: Attention(self._class_row, self._received, self._some_rows),
+            _attention=lambda: Attention(self._class_row, self._received, self._some_rows, self._matrix),
         )
 
     def _class_row(self) -> Tensor:
@@ -147,10 +151,18 @@ class Stream:
         first = self.valid.int().argmax(1)
         return torch.stack([rows[b, :, i] for b, i in enumerate(first.tolist())])
 
-    def _received(self) -> Tensor:
+    def _received(self, weight: Tensor | None, among: Tensor | None) -> Tensor:
+        rows, asking = self._matrix(), torch.ones(self._now()[0].shape[0], self._now()[0].shape[2])
+        for each in (self.valid, among, weight):
+            asking = asking if each is None else asking * each
+        if among is not None:
+            rows = rows * among[:, None, None]
+            rows = rows / rows.sum(-1, keepdim=True).clamp(min=1e-30)
+        return torch.einsum("bhij,bi->bhj", rows, asking) / asking.sum(1)[:, None, None]
+
+    def _matrix(self) -> Tensor:
         rows = self._probabilities().float()
-        real = torch.ones(rows.shape[0], rows.shape[2]) if self.valid is None else self.valid.float()
-        return torch.einsum("bhij,bi->bhj", rows, real) / real.sum(1)[:, None, None]
+        return rows if self.valid is None else torch.where(self.valid[:, None, :, None], rows, 0.0)
 
     def _some_rows(self, index: Tensor) -> Tensor:
         rows = self._probabilities().float()
@@ -169,6 +181,10 @@ class Stream:
         ranks = (everywhere.long().cumsum(1) - 1).clamp(min=0)
         return ranks if self.leaders is None else ranks.gather(1, self.leaders)
 
+    def _places(self, x: Tensor) -> Tensor:
+        in_order = torch.arange(-self.prefix, x.shape[1] - self.prefix).expand(x.shape[0], -1)
+        return in_order if self._placed is None else self._placed
+
     def _compose(self, plan: Plan, *, tracks: bool) -> None:
         before = self._sizes_before(plan)
         merges = plan.moved is not None and plan.counts_sizes
@@ -180,6 +196,9 @@ class Stream:
         self.leaders = plan.leader if self.leaders is None else self.leaders.gather(1, plan.leader)
         slot = plan.slot if self.source is None else plan.slot.gather(1, self.source.clamp(min=0))
         self.source = slot if self.source is None else torch.where(self.source < 0, -1, slot)
+        self._placed = None if plan.grid is not None else self._places(plan.slot).gather(1, plan.leader)
+        self.grid = plan.grid
+        self.lattice = plan.grid or self.lattice
         self.valid = plan.valid
         self.plans.append(plan)
 

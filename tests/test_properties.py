@@ -65,7 +65,7 @@ def tokens_for(method, stream) -> Tokens:
         sizes=sizes,
         valid=valid,
         _tensors={"keys": lambda: keys, "positions": lambda: ranks},
-        _attention=lambda: Attention(lambda: class_row(keys, first, bias), no_statistic, no_statistic),
+        _attention=lambda: Attention(lambda: class_row(keys, first, bias), *[no_statistic] * 3),
     )
 
 
