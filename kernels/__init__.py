@@ -8,10 +8,12 @@ if __name__ == "tamis.kernels":
     from . import attention_statistics as attention_statistics
     from . import attention_with_lse as attention_with_lse
     from . import bipartite_match as bipartite_match
+    from . import block_sparse_attention as block_sparse_attention
     from . import dequantize_linear as dequantize_linear
     from . import dynamic_quantize_linear as dynamic_quantize_linear
     from . import energy_match as energy_match
     from . import hash_scores as hash_scores
+    from . import match_destinations as match_destinations
     from . import match_keys as match_keys
     from . import matmul_integer as matmul_integer
     from . import merge_tokens as merge_tokens
@@ -20,7 +22,9 @@ if __name__ == "tamis.kernels":
     from . import quantize_linear as quantize_linear
     from . import quantized_attention as quantized_attention
     from . import reduce_tokens as reduce_tokens
+    from . import rescale_tokens as rescale_tokens
     from . import restore_tokens as restore_tokens
+    from . import sample_tokens as sample_tokens
     from . import select_tokens as select_tokens
     from . import token_count as token_count
     from . import valid_slots as valid_slots
