@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export import graph_signature as gs
 from torch.utils import _pytree as pytree
@@ -44,19 +46,48 @@ def rebuild(
     return _construct(program, graph_module, signature, ranges, _calls(program, out_spec))
 
 
+def with_buffers(program: ExportedProgram, tensors: Mapping[str, Tensor]) -> tuple[ExportedProgram, dict[str, str]]:
+    """A program with further buffers, where its weights are, that no node reads yet; and their nodes' names by theirs.
+
+    Raises:
+        ValueError: the program has a weight of such a name.
+
+    """
+    if taken := program.state_dict.keys() & tensors.keys():
+        raise ValueError(f"weights of these names are there already: {', '.join(sorted(taken))}")
+    module, signature = copied(program), program.graph_signature
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    mode: Any = detect_fake_mode([node.meta["val"] for node in placeholders])
+    device = next((value.device for value in program.state_dict.values()), torch.device("cpu"))
+    state, specs, names = dict(program.state_dict), [], {}
+    with module.graph.inserting_before(placeholders[0]):
+        for name, tensor in tensors.items():
+            state[name] = tensor.to(device)
+            node = module.graph.placeholder(f"b_{re.sub(r'[^0-9A-Za-z_]', '_', name)}")
+            node.target = node.name
+            node.meta["val"] = mode.from_tensor(state[name], static_shapes=True)
+            specs.append(gs.InputSpec(gs.InputKind.BUFFER, gs.TensorArgument(node.name), name, persistent=True))
+            names[name] = node.name
+    inputs = [*specs, *(copy.copy(spec) for spec in signature.input_specs)]
+    outputs = [copy.copy(spec) for spec in signature.output_specs]
+    signature = gs.ExportGraphSignature(input_specs=inputs, output_specs=outputs)
+    calls = copy.deepcopy(program.module_call_graph)
+    return _construct(program, module, signature, program.range_constraints, calls, state), names
+
+
 def with_ranges(program: ExportedProgram, ranges: dict[Any, Any]) -> ExportedProgram:
     """The same program with other range constraints (symbol -> ValueRanges); graph and weights are shared."""
     return _construct(program, program.graph_module, program.graph_signature, ranges, program.module_call_graph)
 
 
 def _construct(
-    program: ExportedProgram, graph_module: fx.GraphModule, signature: Any, ranges: Any, calls: Any
+    program: ExportedProgram, graph_module: fx.GraphModule, signature: Any, ranges: Any, calls: Any, state: Any = None
 ) -> ExportedProgram:
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
         graph_signature=signature,
-        state_dict=program.state_dict,
+        state_dict=program.state_dict if state is None else state,
         range_constraints=ranges,
         module_call_graph=calls,
         example_inputs=program.example_inputs,

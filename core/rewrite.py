@@ -111,6 +111,9 @@ class Pass(metaclass=PassType):
     def apply(self, graph: TokenGraph, options: Options) -> Result:
         """Rewrite the graph (never in place)."""
 
+    def __post_init__(self) -> None:
+        """Check the parameters; subclasses extend it."""
+
     def why_not(self, graph: TokenGraph) -> str:
         """Why this pass cannot apply anywhere in the graph; "" when it can."""
         return ""
@@ -196,7 +199,7 @@ def _show(value: Any) -> str:
     if isinstance(value, bool | None):
         return {True: "true", False: "false", None: "none"}[value]
     value = list(value) if isinstance(value, tuple) else value
-    return str(value).replace(" ", "")
+    return str(value).replace(" ", "") if isinstance(value, list | dict) else str(value)
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

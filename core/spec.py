@@ -7,17 +7,21 @@ from typing import Any
 
 from .errors import BrokenInvariant
 from .graph import TokenGraph, op_name, shape_text
+from .op import NAMESPACE
 
 
 def _inputs(before: TokenGraph, after: TokenGraph, restore: bool) -> str:
-    """Same placeholders by name and order, so the caller's signature and the weights still fit."""
+    """Same placeholders by name and order, so that signature and weights still fit; buffers may be added."""
     old, new = ([n.name for n in g.graph.nodes if n.op == "placeholder"] for g in (before, after))
+    added = after.program.graph_signature.inputs_to_buffers.keys() - set(old)
+    new = [name for name in new if name not in added]
     return "" if old == new else f"inputs changed from {old} to {new}"
 
 
 def _weights(before: TokenGraph, after: TokenGraph, restore: bool) -> str:
-    """The same state_dict keys."""
+    """The same state_dict keys, and the tensors of trained methods."""
     odd = set(before.program.state_dict) ^ set(after.program.state_dict)
+    odd -= {name for name in after.program.state_dict if name.startswith(f"{NAMESPACE}.")}
     return f"weights appeared or vanished: {', '.join(sorted(odd)[:3])}" if odd else ""
 
 

@@ -113,6 +113,7 @@ class Tokens:
     _attention: Callable[[], Attention] | None = field(default=None, repr=False)
 
     @cached_property
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of a trained method, float32, by name
     def queries(self) -> Tensor:
         """[B, H, N, D], as attention used them (after query norm and rotation)."""
         return self._tensors["queries"]()

@@ -79,7 +79,7 @@ class CutRunner:
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
             return hidden
         out = torch.ops.tamis.token_count(hidden, 1, self.graph.prefix, rule.flat())
-        tokens = self._tokens(hidden, rule, out, layer, site)
+        tokens = self._tokens(method, hidden, rule, out, layer, site)
         plan = self._plan(method, tokens, layer)
         plan = in_order(plan) if self.graph.hides_later else plan
         if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
@@ -129,7 +129,7 @@ class CutRunner:
                 hint="a method is traced: plain torch, no branch on data.",
             ) from error
 
-    def _tokens(self, hidden: Tensor, rule: Any, out: Any, layer: Layer, site: Site) -> Tokens:
+    def _tokens(self, method: TokenReduction, hidden: Tensor, rule: Any, out: Any, layer: Layer, site: Site) -> Tokens:
         state = self._state
         rotated = {"keys_before_rope": lambda: self._at_site(site.k_before_rope, site.rope_axes)}
         return Tokens(
@@ -154,6 +154,7 @@ class CutRunner:
             },
             _attention=lambda: self._attention(site),
         )
+            weights={name: self._live(node) for name, node in self.interpreter.weights.get(id(method), {}).items()},
 
     def _at_site(self, name: str, axes: tuple[int, ...] = (0, 1, 2, 3)) -> Tensor:
         """A tensor [B, H, N, D] of the site just passed at the current token count; `axes`: where its node has them."""

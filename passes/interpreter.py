@@ -27,11 +27,14 @@ Mark = Axes | Pieces | Restored | None
 class ReductionInterpreter(fx.Interpreter):
     """Runs the original graph; `marks` says of each live value (of a list: each piece) which axes are token axes."""
 
-    def __init__(self, graph: TokenGraph, placed: Any, options: Options) -> None:
+    def __init__(
+        self, graph: TokenGraph, placed: Any, options: Options, weights: dict[int, dict[str, str]] | None = None
+    ) -> None:
         super().__init__(graph.program.graph_module, garbage_collect_values=False)
         self.extra_traceback = False  # fx would write its own sentence into our errors
         self.graph_, self.options = graph, options
         self.sites = {site.node: site for site in graph.sites}
+        self.weights = weights or {}  # by a method's id: the nodes of its trained tensors
         self.cuts = CutRunner(graph, placed, self)
         self.marks: dict[fx.Node, Mark] = {}
         self.state: StreamState | None = None

@@ -13,6 +13,7 @@ from .interpreter import ReductionInterpreter
 from .outputs import with_token_map
 from .reduction import TokenReduction
 from .retrace import retrace
+from .trained import with_trained
 
 Placed = dict[str, list[tuple[Layer, TokenReduction]]]
 
@@ -23,15 +24,16 @@ def reduce_tokens_of(graph: TokenGraph, methods: Sequence[TokenReduction], optio
     placed = _place(graph, methods, outcomes)
     if not placed and not options.token_map:
         return Result(graph, tuple(outcomes))
-    interpreter = ReductionInterpreter(graph, placed, options)
+    extended, weights = with_trained(graph, placed)
+    interpreter = ReductionInterpreter(extended, placed, options, weights)
     with symbolic_counts() if options.symbolic_counts else nullcontext():
-        module = retrace(graph.program, interpreter.run_all)
+        module = retrace(extended.program, interpreter.run_all)
     outcomes += interpreter.outcomes
     outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
     if not any(o.applied for o in interpreter.outcomes) and not options.token_map:
         return Result(graph, tuple(outcomes))
     spec = with_token_map(graph.program) if options.token_map else None
-    program = rebuild(graph.program, module, out_spec=spec)
+    program = rebuild(extended.program, module, out_spec=spec)
     return Result(graph.with_program(program), tuple(outcomes))
 
 

@@ -16,7 +16,7 @@ from ..rewrite import Pipeline, Result
 from ..target import Target
 from .compiled import CompiledModel
 from .inputs import Call, describe, example_call
-from .options import Options, plugins_of
+from .options import Options, plugins_of, weights_of
 from .recipe import Recipe, versions
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def build(
         model=source,
         options=options.changed(),
         plugins=plugins_of(pipeline),
+        weights=weights_of(pipeline),
         versions=versions(),
         source_hash=graph.source_hash,
         weights_hash=weights_hash(graph.program),

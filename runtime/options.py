@@ -10,6 +10,7 @@ from ..recipe_errors import PassNotInstalled
 from ..registry import origin_of
 from ..rewrite import Pipeline
 from ..target import Target
+from ..weights import TrainedPass
 from .recipe import Recipe
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -74,18 +75,26 @@ def _parsed(passes: Any, recipe: Recipe | None, path: str) -> Pipeline:
     if passes is not None or recipe is None:
         return Pipeline.parse(passes if passes is not None else ())
     try:
-        return Pipeline.parse(recipe.passes)
+        pipeline = Pipeline.parse(recipe.passes)
     except UnknownPass as error:
         origin = recipe.plugins.get(error.name)
         if origin is None:
             raise
         raise PassNotInstalled(path=path, name=error.name, origin=origin) from error
+    recipe.check_weights(weights_of(pipeline), path)
+    return pipeline
 
 
 def plugins_of(pipeline: Pipeline) -> dict[str, str]:
     """Where passes that are not tamis's own come from, by name."""
     origins = {one.name: origin_of(type(one)) for one in pipeline.passes}
     return {name: origin for name, origin in origins.items() if origin != "tamis"}
+
+
+def weights_of(pipeline: Pipeline) -> dict[str, str]:
+    """Digests of the trained tensors of a pipeline, by path."""
+    trained = [one.weights for one in pipeline.passes if isinstance(one, TrainedPass)]
+    return {str(weights): weights.digest for weights in trained}
 
 
 def _require_device(target: Target) -> None:

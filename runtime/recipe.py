@@ -4,6 +4,7 @@ model: timm:vit_small_patch16_224
 passes: [tome:r=13]
 options: {restore: true}
 plugins: {largest: largest-methods 0.3}
+weights: {scorer.safetensors: 7d4e...}
 versions: {tamis: 0.1.0, torch: 2.11.0}
 source_hash: 3f6c...
 weights_hash: 91d0...
@@ -22,11 +23,12 @@ from typing import Any
 from ..errors import CorruptModel, ModelNotFound
 from ..graph import TokenGraph
 from ..recipe_errors import PlainProgram, RecipeInvalid, WrongSourceModel
+from ..weight_errors import WeightsChanged
 from .embedded import read_extra, recipe_in_onnx
 from .files import write_text
 
 OPTIONS = ("target", "mode", "restore", "token_map", "allow_noop", "inline")
-MAPPINGS = ("options", "plugins", "versions")
+MAPPINGS = ("options", "plugins", "weights", "versions")
 KEYS = ("passes", "model", *MAPPINGS, "source_hash", "weights_hash")
 
 
@@ -38,6 +40,7 @@ class Recipe:
     passes        texts `name:key=value`
     options       those of OPTIONS that differ from the default
     plugins       where passes that are not tamis's own came from, by name; never loaded because a recipe says so
+    weights       `core.weights.Weights.digest` of every file of trained tensors, by path
     versions      of tamis and torch at the time; information, not a condition
     source_hash   TokenGraph.source_hash of the model; "" accepts any graph
     weights_hash  `capture.identity.weights_hash` of the model; "" accepts any weights
@@ -47,6 +50,7 @@ class Recipe:
     model: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     source_hash: str = ""
     weights_hash: str = ""
@@ -82,6 +86,13 @@ class Recipe:
         if self.weights_hash and self.weights_hash != (got := weights_hash(graph.program)):
             self._refuse("weights", self.weights_hash, got, graph.name, path)
 
+    def check_weights(self, found: Mapping[str, str], path: str) -> None:
+        """Raise WeightsChanged when a file of trained tensors holds others than it did; `found`: digests by path."""
+        for file, got in found.items():
+            expected = self.weights.get(file, got)
+            if expected != got:
+                raise WeightsChanged(path=path, file=file, expected=_short(expected), got=_short(got))
+
     def _refuse(self, part: str, expected: str, got: str, name: str, path: str) -> None:
         model = f" ({self.model})" if self.model else ""
         then = ", ".join(f"{k} {v}" for k, v in self.versions.items() if versions().get(k) != v)
@@ -105,6 +116,7 @@ class Recipe:
             model=data.get("model"),
             options=dict(values["options"]),
             plugins=_texts(values["plugins"]),
+            weights=_texts(values["weights"]),
             versions=_texts(values["versions"]),
             source_hash=str(data.get("source_hash") or ""),
             weights_hash=str(data.get("weights_hash") or ""),
