@@ -30,11 +30,13 @@ def keep_plan(
     order: str = "original",
     fuse_weight: Tensor | None = None,
     normalize: bool = False,
+    counts_sizes: bool = False,
 ) -> Plan:
     """Keep the tokens of highest score [B, N]; drop the others, or fuse them into one token by `fuse_weight` [B, N].
 
-    order      "original" keeps the tokens' order, "score" sorts them by falling score
-    normalize  divide the fused token by the sum of its weights
+    order         "original" keeps the tokens' order, "score" sorts them by falling score
+    normalize     divide the fused token by the sum of its weights
+    counts_sizes  the fused token's size is that of all it was made of, from here on
     """
     fuse = fuse_weight is not None
     slot, leader, moved = torch.ops.tamis.select_tokens(
@@ -50,7 +52,7 @@ def keep_plan(
         weight=_kept_weigh_one(tokens, slot, fuse_weight),
         normalize=normalize,
         valid=next_valid(tokens),
-        counts_sizes=False,
+        counts_sizes=counts_sizes,
     )
 
 
