@@ -219,10 +219,21 @@ class Evaluator:
         return tuple(one if isinstance(one, Known) else Known.of(one, like.dtype) for one in several)
 
     def value(self, value: ir.Value, values: Values) -> Value:
-        """What a value of the graph is now: computed, constant or a weight."""
+        """What a value of the graph is now: computed, constant or a weight.
+
+        Raises:
+            NodeFailed: its node has more outputs than its function makes.
+        """
         if value in values:
             return values[value]
-        return self.constants[value] if value in self.constants else self.weight(value)
+        if value in self.constants:
+            return self.constants[value]
+        if value not in self.weights:
+            node = value.producer()
+            assert node is not None  # `check_graph` saw to it that every value is made
+            reason = f"its output {value.name!r} is one that {op_of(node)} does not make"
+            raise NodeFailed(path=self.path, node=told(node), op=node.op_type, reason=reason)
+        return self.weight(value)
 
     def weight(self, value: ir.Value) -> Tensor:
         """A tensor of the file."""

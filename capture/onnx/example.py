@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ...onnx_errors import TypeUnsupported
+from ...onnx_errors import MalformedGraph, TypeUnsupported
 from ..dims import Axes
 from .module import OnnxModule, identifiers
+from .nodes import integers
+from .reader import LARGEST
 from .sizes import Dims, find_sizes
 from .tensors import DTYPES, HINT
 
@@ -45,11 +48,12 @@ def example_of(module: OnnxModule, path: str) -> Example:
 
     Raises:
         TypeUnsupported: an input is a list, or has no declared rank.
+        MalformedGraph: it would have more than 2^28 entries.
     """
     dims = tuple(_dynamic(value, path) for value in module.inputs)
 
     def made(sizes: dict[str, int]) -> tuple[Tensor, ...]:
-        return _tensors(module, dims, sizes)
+        return _tensors(module, dims, sizes, path)
 
     sizes, fixed = find_sizes(module, dims, lambda some: _runs(module, made(some)))
     for name in sorted(fixed):
@@ -69,10 +73,10 @@ def _runs(module: OnnxModule, args: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _tensors(module: OnnxModule, dims: Dims, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+def _tensors(module: OnnxModule, dims: Dims, sizes: dict[str, int], path: str) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(COUNTING)
     return tuple(
-        _tensor(value, {axis: sizes[name] for axis, name in names.items()}, generator, module)
+        _tensor(value, {axis: sizes[name] for axis, name in names.items()}, generator, module, path)
         for value, names in zip(module.inputs, dims, strict=True)
     )
 
@@ -98,14 +102,19 @@ def _as_identifiers(dims: Dims) -> Dims:
     return tuple({axis: plain[name] for axis, name in one.items()} for one in dims)
 
 
-def _tensor(value: ir.Value, dynamic: dict[int, int], generator: torch.Generator, module: OnnxModule) -> Tensor:
+def _tensor(
+    value: ir.Value, dynamic: dict[int, int], generator: torch.Generator, module: OnnxModule, path: str
+) -> Tensor:
     assert value.shape is not None
     sizes: list[Any] = [dynamic.get(axis, n) for axis, n in enumerate(value.shape)]
+    if math.prod(sizes) > LARGEST:
+        reason = f"input {value.name!r} would have sizes {sizes}: more than {LARGEST} entries"
+        raise MalformedGraph(path=path, reason=reason)
     dtype = DTYPES[int(value.dtype)]  # type: ignore[arg-type]
     if dtype.is_floating_point:
         return torch.randn(sizes, generator=generator).to(dtype)
     rows = _table_rows(value, module)
-    if rows is None:
+    if not rows:
         return torch.ones(sizes, dtype=dtype)
     return torch.randint(rows, sizes, generator=generator).to(dtype)
 
@@ -117,9 +126,10 @@ def _table_rows(value: ir.Value, module: OnnxModule) -> int | None:
     while pending:
         for node, place in pending.pop().uses():
             holder = LOOKUPS.get(node.op_type, {}).get(place)
-            if holder is not None and (table := module.shape_of(node.inputs[holder])) is not None:
-                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                found.append(table[axis])
+            if holder is not None:
+                axis = (integers(node, "axis") or [0])[0]
+                table = module.shape_of(node.inputs[holder]) if holder < len(node.inputs) else None
+                found += [] if table is None else list(table[axis : axis + 1 or None])  # none where it has no such axis
             elif node.op_type in BEFORE_LOOKUP and place == 0:
                 pending.extend(node.outputs)
     return min(found, default=None)

@@ -28,6 +28,14 @@ def version_of(node: ir.Node, graph: ir.Graph) -> int:
     return node.version or imports.get(domain) or (0 if domain else imports.get("ai.onnx")) or 1
 
 
+def integers(node: ir.Node, name: str) -> list[int] | None:
+    """An attribute that is an integer or several; None where there is none of that name and type."""
+    attribute = node.attributes.get(name)
+    if attribute is None or attribute.type not in (ir.AttributeType.INT, ir.AttributeType.INTS):
+        return None
+    return [attribute.as_int()] if attribute.type == ir.AttributeType.INT else list(attribute.as_ints())
+
+
 def needed_nodes(graph: ir.Graph) -> list[ir.Node]:
     """The nodes that the outputs depend on, in order."""
     needed: set[ir.Node] = set()

@@ -24,7 +24,7 @@ from .wellformed import check_model
 from .wire import skeleton
 
 KIND = "an ONNX model"
-LARGEST = 2**28  # entries of a sparse tensor made dense: a few bytes must not ask for all memory
+LARGEST = 2**28  # entries of a sparse tensor made dense, and of an input: a few bytes must not ask for all memory
 
 
 @dataclass(frozen=True)

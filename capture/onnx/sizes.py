@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .module import OnnxModule
+from .nodes import integers
 
 ROWS = 2  # of the first dimension, where it is dynamic
 LENGTH = 16  # of any other dynamic dimension
@@ -75,11 +76,19 @@ def _convolutions(module: OnnxModule, dims: Dims) -> Iterator[Convolution]:
             for node, place in pending.pop().uses():
                 if node.op_type in ("Cast", "Identity") and place == 0:
                     pending.extend(node.outputs)
-                shape = module.shape_of(node.inputs[1]) if node.op_type == "Conv" and place == 0 else None
-                if shape is not None:
-                    group, steps = node.attributes.get("group"), node.attributes.get("strides")
-                    each = [1] * (len(shape) - 2) if steps is None else list(steps.as_ints())
-                    yield Convolution(names, shape[1] * (1 if group is None else group.as_int()), each)
+                found = _convolution(node, names, module) if node.op_type == "Conv" and place == 0 else None
+                if found is not None:
+                    yield found
+
+
+def _convolution(node: ir.Node, names: dict[int, str], module: OnnxModule) -> Convolution | None:
+    """What a node convolves; None where its weight is computed, or it is wrong in itself, which running it tells."""
+    shape = module.shape_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    if shape is None or not max(names, default=0) < len(shape) > 1:
+        return None
+    group, steps = integers(node, "group") or [1], integers(node, "strides") or [1] * (len(shape) - 2)
+    fits = len(steps) == len(shape) - 2 and min((*group, *steps)) > 0
+    return Convolution(names, shape[1] * group[0], steps) if fits else None
 
 
 # --- formulas -------------------------------------------------------------------------------------------------------

@@ -121,6 +121,13 @@ def tensor(value: Value) -> Tensor:
     return value
 
 
+def from_start(place: int, count: int) -> int:
+    """A place among so many (an axis among a tensor's), counted from the start; raises IndexError if there is none."""
+    if not -count <= place < count:
+        raise IndexError(f"{place} is not among {count} axes or entries")
+    return place % count
+
+
 TABLE: dict[tuple[str, str], list[Entry]] = {}
 CONTRIB = "com.microsoft"
 

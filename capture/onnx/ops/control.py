@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..known import Known
-from ..table import Body, NotKnown, Number, Unsupported, Value, op, tensor
+from ..table import Body, NotKnown, Number, Unsupported, Value, from_start, op, tensor
 
 
 @op("Constant")
@@ -120,7 +120,7 @@ def sequence_insert(xs: Value, x: Value, place: Number | None = None) -> Any:
 @op("SequenceErase", since=11)
 def sequence_erase(xs: Value, place: Number = -1) -> Any:
     """A list without one."""
-    place = place % len(xs)
+    place = from_start(place, len(xs))
     return [*xs[:place], *xs[place + 1 :]]
 
 

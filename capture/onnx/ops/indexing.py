@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..known import Known
-from ..table import Ints, Number, Value, op, tensor
+from ..table import Ints, Number, Value, from_start, op, tensor
 
 
 def wrapped(index: Tensor, size: Any) -> Tensor:
@@ -25,7 +25,7 @@ def gather(x: Tensor, index: Value, *, axis: int = 0) -> Tensor:
 
     Rows of a weight are looked up as an embedding, which refuses negative indices: they are ids of tokens or positions.
     """
-    axis = axis % x.ndim
+    axis = from_start(axis, x.ndim)
     if isinstance(index, Known) and index.data.ndim == 0:
         return x.select(axis, index.number())
     places = tensor(index)

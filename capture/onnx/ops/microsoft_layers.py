@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..table import CONTRIB, Unsupported, op
+from ..table import CONTRIB, Unsupported, from_start, op
 from .indexing import gather
 from .linear import conv, gemm
 from .normalisation import rms_normalization
@@ -157,7 +157,7 @@ def simplified_layer_normalization(
     y = rms_normalization(x, scale, axis=axis, epsilon=epsilon)
     if outputs == 1:
         return y
-    axes = list(range(axis % x.ndim, x.ndim))
+    axes = list(range(from_start(axis, x.ndim), x.ndim))
     return y, (x.float().square().mean(axes, keepdim=True) + epsilon).rsqrt()
 
 

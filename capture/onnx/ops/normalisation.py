@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..table import Unsupported, op
+from ..table import Unsupported, from_start, op
 from ..tensors import DTYPES
 
 
@@ -24,7 +24,7 @@ def layer_normalization(
     outputs: int = 1,
 ) -> Any:
     """x less its mean over its deviation, over all axes from `axis` on; the mean and 1 / deviation if asked for."""
-    axis = axis % x.ndim
+    axis = from_start(axis, x.ndim)
     whole = list(x.shape[axis:])
     same = list(scale.shape) == whole and (bias is None or list(bias.shape) == whole)
     y = F.layer_norm(x, whole, scale if same else None, bias if same else None, epsilon)
@@ -43,7 +43,7 @@ def rms_normalization(
     x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
     """x over the root of its mean square, over all axes from `axis` on."""
-    axis = axis % x.ndim
+    axis = from_start(axis, x.ndim)
     whole = list(x.shape[axis:])
     if list(scale.shape) == whole:
         return F.rms_norm(x, whole, scale, epsilon)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..table import Ints, op
+from ..table import Ints, from_start, op
 
 
 def _reduction(name: str, function: Callable[[Tensor, Any, bool], Tensor]) -> None:
@@ -19,7 +19,7 @@ def _reduction(name: str, function: Callable[[Tensor, Any, bool], Tensor]) -> No
     def call(x: Tensor, axes: Ints | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
         if not axes and noop_with_empty_axes:
             return _of_single_entries(name, x)
-        over = [axis % x.ndim for axis in axes] if axes else list(range(x.ndim))
+        over = [from_start(axis, x.ndim) for axis in axes] if axes else list(range(x.ndim))
         return function(x, over, bool(keepdims)) if x.ndim else _of_single_entries(name, x)
 
 
@@ -106,7 +106,7 @@ def _flattened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Before opset 13 these reduce over all axes from `axis` on."""
 
     def call(x: Tensor, *, axis: int = 1) -> Tensor:
-        axis = axis % x.ndim
+        axis = from_start(axis, x.ndim)
         if axis == x.ndim - 1:
             return function(x, axis=-1)
         return function(x.flatten(axis), axis=-1).reshape(x.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..known import Array
-from ..table import Ints, Unsupported, op
+from ..table import Ints, Unsupported, from_start, op
 
 KEPT, LARGEST = "stretch", "not_larger"
 CROP = "tf_crop_and_resize"
@@ -120,7 +120,7 @@ def resize(
     sampling = Sampling(
         mode, coordinate_transformation_mode, nearest_mode, cubic_coeff_a, bool(exclude_outside), bool(antialias)
     )
-    axes = list(range(x.ndim)) if axes is None else [axis % x.ndim for axis in axes]
+    axes = list(range(x.ndim)) if axes is None else [from_start(axis, x.ndim) for axis in axes]
     spans = list(zip(roi[: len(axes)], roi[len(axes) :], strict=True)) if roi and sampling.places == CROP else None
     y = x
     changed = _axes(x, axes, scales, sizes, spans, keep_aspect_ratio_policy)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..known import Known
-from ..table import Ints, Number, Unsupported, Value, op
+from ..table import Ints, Number, Unsupported, Value, from_start, op
 from ..tensors import DTYPES
 
 
@@ -60,7 +60,7 @@ def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
 def unsqueeze(x: Tensor, axes: Ints) -> Tensor:
     """With axes of size 1 at these places of the result.  Axes were an attribute before opset 13."""
     rank = x.ndim + len(axes)
-    for axis in sorted(axis % rank for axis in axes):
+    for axis in sorted(from_start(axis, rank) for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
@@ -108,7 +108,7 @@ def slice_(x: Tensor, starts: Ints, ends: Ints, axes: Ints | None = None, steps:
     axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        x = _sliced(x, start, end, axis % x.ndim, step)
+        x = _sliced(x, start, end, from_start(axis, x.ndim), step)
     return x
 
 
@@ -140,7 +140,7 @@ def pad(
 ) -> Tensor:
     """Entries before and after along each of some axes; negative numbers take away."""
     rank = x.ndim
-    axes = list(range(rank)) if axes is None else [axis % rank for axis in axes]
+    axes = list(range(rank)) if axes is None else [from_start(axis, rank) for axis in axes]
     before, after = [0] * rank, [0] * rank
     for i, axis in enumerate(axes):
         before[axis], after[axis] = pads[i], pads[i + len(axes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -138,3 +139,65 @@ def test_a_loop_of_too_many_runs_is_refused(tmp_path: Path) -> None:
     loaded = load_onnx(str(path))
     with pytest.raises(NodeFailed, match="it runs more than 512 times, and every run is written out"):
         loaded.module(*loaded.args)
+
+
+def fails(tmp_path: Path, content: onnx.ModelProto) -> str:
+    """What is said when the model is loaded and run."""
+    path = tmp_path / "m.onnx"
+    onnx.save(content, path)
+
+    def load_and_run() -> None:
+        loaded = load_onnx(str(path))
+        loaded.module(*loaded.args)
+
+    with pytest.raises(NodeFailed) as caught:
+        load_and_run()
+    return str(caught.value)
+
+
+def test_outputs_that_an_operator_does_not_have(tmp_path: Path) -> None:
+    content = model([node("Gather", "x zero", "v"), node("Neg", "v", "y")], zero=0)
+    content.graph.node[0].output.append("more")
+    content.graph.node[1].input[0] = "more"
+    assert "its output 'more' is one that Gather does not make" in fails(tmp_path, content)
+
+
+CONVOLUTIONS = {
+    "scalar": ({}, 1.0),
+    "strides": ({"strides": [1, 1]}, [[[1.0, 2.0]]]),
+    "negative": ({"strides": [-1]}, [[[1.0, 2.0]]]),
+    "text": ({"strides": "text", "group": "text"}, [[[1.0, 2.0]]]),
+    "group": ({"group": -1}, [[[1.0, 2.0]]]),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_that_are_none(tmp_path: Path, name: str) -> None:
+    """They say nothing of the sizes of an image, and fail as nodes do."""
+    attributes, weight = CONVOLUTIONS[name]
+    content = model([node("Neg", "x", "y")], ["b", "c", "n"], w=weight)
+    content.graph.node[0].CopyFrom(node("Conv", "x w", "y", **attributes))
+    assert "(Conv) cannot be evaluated" in fails(tmp_path, content)
+
+
+@pytest.mark.parametrize("attributes", [{"axis": 5}, {"axis": "text"}, {"axis": -9}])
+def test_lookups_that_are_none(tmp_path: Path, attributes: dict[str, object]) -> None:
+    content = model([node("Neg", "x", "y")], ["b", "n"], w=[[1.0, 2.0]])
+    content.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    content.graph.node[0].CopyFrom(node("Gather", "w x", "y", **attributes))
+    assert "(Gather) cannot be evaluated" in fails(tmp_path, content)
+
+
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    content = model([node("Neg", "x", "y")], ["b", "n"], w=np.zeros((0, 2), np.float32))
+    content.graph.node[0].CopyFrom(node("Gather", "w x", "y"))
+    content.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    assert "(Gather) cannot be evaluated" in fails(tmp_path, content)
+
+
+def test_inputs_of_more_entries_than_there_is_memory(tmp_path: Path) -> None:
+    content = model([node("Neg", "x", "y")], ["b", "c", "n"], w=[[[1.0, 2.0]]])
+    content.graph.node[0].CopyFrom(node("Conv", "x w", "y", strides=[2**62]))
+    assert "input 'x' would have sizes [2, 1, 18446744073709551616]" in refused(tmp_path, content.SerializeToString())
+    content.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2**40
+    assert "input 'x' would have sizes [2, 1099511627776" in refused(tmp_path, content.SerializeToString())
