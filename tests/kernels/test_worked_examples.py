@@ -10,6 +10,7 @@ from tamis.kernels.bipartite_match import reference as match
 from tamis.kernels.energy_match import _energy
 from tamis.kernels.energy_match import reference as energy_match
 from tamis.kernels.reduce_tokens import reference as reduce
+from tamis.kernels.sample_tokens import reference as sample
 from tamis.kernels.select_tokens import reference as select
 
 ANGLES = torch.deg2rad(torch.tensor([0.0, 10, 90, 95, 180, 200]))
@@ -92,3 +93,16 @@ def test_evit_counts():
             tokens = CountRule(1, (keep_at_least(ratio), ALL), added=1).out(tokens)
             got.append(tokens)
         assert got == counts
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e5])
+def test_ats(padded, scale):
+    weights = torch.tensor([[7.0, 0.05, 0.30, 0.10, 0.25, 0.02, 0.28]]) * scale
+    rule = CountRule(1, (at_most(0),))
+    valid = torch.ones(1, 7, dtype=torch.bool) if padded else None
+    for points in (0, 6):
+        slot, leader, held = sample(weights, valid, 7, 1, rule.flat(), points)
+        assert leader[held].tolist() == [0, 1, 3, 4, 6, 2]
+        assert slot.tolist() == [[0, 1, 5, 2, 3, -1, 4]]
+    assert sample(weights, valid, 4, 1, CountRule(1, (at_most(3),)).flat(), 0)[1].tolist() == [[0, 1, 4, 2]]
