@@ -18,6 +18,7 @@ from ..op import OPS
 from ..rewrite import Options, Pass, Result
 from ..schedule import Schedule
 from ..tokens import Plan, Tokens
+from .layer_choice import chosen_layers, read_layers
 from .properties import PRUNING
 
 KEEP_ONE: Term = (1, -1, 1)
@@ -33,10 +34,15 @@ class TokenReduction(Pass):
         layers: layer indices (0-based, negative from the end); None: the method's own choice.
         causal: reduce under causal attention too, as in CLIP's text tower (off: such a model is refused).  Slots then
             keep the order of tokens, and merged ones stand where the last of them stood, so that none sees ahead.
+        passthrough: dropped tokens pass by the remaining layers as they are and are put back where every token is
+            needed: before a dense head, in an output with a row per token (SViT, Liu et al., WACV 2024, arXiv
+            2306.07050).  Off: such a head is refused.  Merged tokens are always put back, as copies of their slot.
     """
 
     where: ClassVar[str] = "after_attention"  # before_attention, after_attention or after_block
     needs_class_token: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False  # it reads attention in another way than the class token's row
+    own_count: ClassVar[bool] = False  # other parameters say how many tokens stay; r and keep_ratio are not given
     limit: ClassVar[Term] = KEEP_ONE  # the most that a method can remove at one layer
     added: ClassVar[int] = 0
     family: ClassVar[str] = "reduction"
@@ -46,13 +52,16 @@ class TokenReduction(Pass):
     keep_ratio: Any = None
     layers: Any = field(default=None, kw_only=True)
     causal: bool = field(default=False, kw_only=True)
+    passthrough: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if (self.r is None) == (self.keep_ratio is None):
-            got = "neither" if self.r is None else "both"
-            raise BadParameter(
-                where=self.name, name="r or keep_ratio", rule="given, one of them", got=got, hint="for example r=8."
-            )
+        given = (self.r is not None) + (self.keep_ratio is not None)
+        if given != (not self.own_count):
+            rule, hint = "given, one of them", "for example r=8."
+            if self.own_count:
+                rule, hint = "left out", "the method's own parameters say how many tokens stay."
+            got = ("neither", "one", "both")[given]
+            raise BadParameter(where=self.name, name="r or keep_ratio", rule=rule, got=got, hint=hint)
         for name, check, rule, hint in (
             ("r", lambda v: isinstance(v, int) and v >= 0, "whole numbers >= 0", "r is tokens removed per layer."),
             ("keep_ratio", lambda v: 0 < v <= 1, "in (0, 1]", "keep_ratio is the fraction kept; 0.3 removes 70%."),
@@ -63,7 +72,7 @@ class TokenReduction(Pass):
             if not all(map(check, schedule.amounts())):
                 raise BadParameter(where=self.name, name=name, rule=rule, got=schedule, hint=hint)
             object.__setattr__(self, name, schedule)
-        object.__setattr__(self, "layers", _read_layers(self.layers, self.name))
+        object.__setattr__(self, "layers", read_layers(self.layers, self.name))
         self._check_switches()
 
     def _check_switches(self) -> None:
@@ -92,17 +101,9 @@ class TokenReduction(Pass):
         """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
         chosen = self.default_layers(layers) if self.layers is None else self.layers
         amount = self.keep_ratio if self.r is None else self.r
-        named = [layer for layer, _ in amount.values] if amount.kind == "table" else []
-        for layer in (*chosen, *named):
-            if not -layers <= layer < layers:
-                raise BadParameter(
-                    where=self.name,
-                    name="layers",
-                    rule=f"between 0 and {layers - 1}",
-                    got=layer,
-                    hint=f"the model has {layers} layers.",
-                )
-        return sorted({layer % layers for layer in chosen})
+        named = [layer for layer, _ in amount.values] if amount is not None and amount.kind == "table" else []
+        chosen_layers(named, layers, self.name)
+        return chosen_layers(chosen, layers, self.name)
 
     def amount(self, layer: int, layers: int) -> int | float:
         """r or keep_ratio at a selected layer; a table speaks of the model's layers, other forms of the selected."""
@@ -131,14 +132,24 @@ class TokenReduction(Pass):
             return "attention continues a key-value cache, in which every token keeps its place"
         if self.needs_class_token and not graph.class_token:
             return "it scores tokens by the class token's attention, and this model has no class token"
-        if self.needs_class_token and any(graph.sites[layer.site].softcap is not None for layer in graph.layers):
-            return "it scores tokens by the class token's attention, which it cannot yet read under a soft cap"
+        reads = self.needs_class_token or self.needs_attention
+        if reads and any(graph.sites[layer.site].softcap is not None for layer in graph.layers):
+            what = "the class token's attention" if self.needs_class_token else "attention"
+            return f"it scores tokens by {what}, which it cannot yet read under a soft cap"
         if graph.hides_later and self.needs_class_token:
             return "attention is causal: its first token sees itself alone and scores nothing"
         if graph.hides_later and not self.causal:
             return "attention is causal, and later tokens lose what they saw of removed ones; causal=true allows it"
         if all(layer.cut(self.where) is None and layer.after_block is None for layer in graph.layers):
             return f"no layer has a place {self.where.replace('_', ' ')}"
+        return ""
+
+    def why_not_at(self, tokens: Tokens) -> str:
+        """Why this method cannot run on the tokens that the passes before it left at a layer; "" when it can."""
+        return ""
+
+    def note(self, layer: int, layers: int) -> str:
+        """What the report says of the method's choices at a layer where its parameters do not say it; "" for nothing."""
         return ""
 
     def apply(self, graph: TokenGraph, options: Options) -> Result:
@@ -161,25 +172,6 @@ def quarter_layers(layers: int) -> list[int]:
 def most_removable(rule: CountRule, tokens: int) -> int:
     """The most that the method's own limit (its last term) lets leave `tokens` tokens."""
     return max(0, CountRule(rule.prefix, rule.terms[-1:]).removed(tokens))
-
-
-def _read_layers(layers: Any, where: str) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        return (layers,)
-    if (
-        isinstance(layers, Sequence)
-        and not isinstance(layers, str)
-        and all(isinstance(x, int) for x in layers)
-        and layers
-    ):
-        return tuple(layers)
-    if isinstance(layers, range):
-        return tuple(layers)
-    raise BadParameter(
-        where=where, name="layers", rule="a list of layer indices", got=repr(layers), hint="for example layers=[3,6,9]."
-    )
 
 
 __all__ = ["ALL", "TokenReduction", "most_removable", "quarter_layers"]

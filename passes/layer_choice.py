@@ -1,0 +1,37 @@
+"""The layers a user chose: read from what was written, and checked against the layers there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import BadParameter
+
+
+def read_layers(layers: Any, where: str) -> tuple[int, ...] | None:
+    """A parameter `layers` of the pass `where` as a tuple; None stays; raises BadParameter."""
+    if layers is None:
+        return None
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        return (layers,)
+    numbers = isinstance(layers, Sequence) and not isinstance(layers, str) and all(isinstance(x, int) for x in layers)
+    if (numbers and layers) or isinstance(layers, range):
+        return tuple(layers)
+    raise BadParameter(
+        where=where, name="layers", rule="a list of layer indices", got=repr(layers), hint="for example layers=[3,6,9]."
+    )
+
+
+def chosen_layers(chosen: Iterable[int], layers: int, where: str) -> list[int]:
+    """Indices out of `layers` in order, each once; raises BadParameter for one that does not exist."""
+    chosen = list(chosen)
+    for layer in chosen:
+        if not -layers <= layer < layers:
+            raise BadParameter(
+                where=where,
+                name="layers",
+                rule=f"between 0 and {layers - 1}",
+                got=layer,
+                hint=f"the model has {layers} layers.",
+            )
+    return sorted({layer % layers for layer in chosen})
