@@ -109,11 +109,11 @@ class Tokens:
     valid: Tensor | None = None  # [B, N] bool, None: no padding
     grid: tuple[int, int] | None = None  # rows, columns that the patch tokens fill in raster order; None: no grid
     lattice: tuple[int, int] | None = None  # the last grid there was, in which `places` are; None: never one
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of a trained method, float32, by name
     _tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     _attention: Callable[[], Attention] | None = field(default=None, repr=False)
 
     @cached_property
-    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of a trained method, float32, by name
     def queries(self) -> Tensor:
         """[B, H, N, D], as attention used them (after query norm and rotation)."""
         return self._tensors["queries"]()
