@@ -35,6 +35,7 @@ class Outcome:
 
     layer, site  indices in the graph (None: the whole model);  before, after  token counts, numbers or symbol names
     rule         the CountRule in force, with which a report predicts counts that depend on the input's length
+    inside       of what the counts hold, when the stream keeps its length: "self-attention"; "" where it does not
     """
 
     pass_name: str
@@ -45,9 +46,11 @@ class Outcome:
     before: Any = None
     after: Any = None
     rule: Any = None
+    inside: str = ""
 
     def __str__(self) -> str:
-        what = f"{self.before} -> {self.after} tokens" if self.applied else f"skipped: {self.reason}"
+        where = f" inside {self.inside}" if self.inside else ""
+        what = f"{self.before} -> {self.after} tokens{where}" if self.applied else f"skipped: {self.reason}"
         note = f" ({self.reason})" if self.applied and self.reason else ""
         return f"{self.pass_name} at layer {self.layer}: {what}{note}"
 

@@ -158,11 +158,11 @@ def _places(graph: TokenGraph, outcomes: Sequence[Outcome], otherwise: str) -> l
     `otherwise` is the reason at sites of the stream of which no outcome speaks.
     """
     layer_of = {layer.site: layer.index for layer in graph.layers}
-    by_layer = {outcome.layer: outcome for outcome in outcomes}
+    by_site = {outcome.site: outcome for outcome in outcomes}
     places = []
     for site in graph.sites:
         layer = layer_of.get(site.index)
-        outcome = by_layer.get(layer) if layer is not None else None
+        outcome = by_site.get(site.node)
         reason = outcome.reason if outcome else site.reason if layer is None else otherwise
         applies = bool(outcome and outcome.applied)
         counts = [str(c) for c in (outcome.before, outcome.after)] if outcome and applies else ["", ""]

@@ -28,7 +28,7 @@ def ledger(graph: TokenGraph, outcomes: Sequence[Outcome], call: Call) -> tuple[
     for layer in graph.layers:
         before = tokens
         for outcome in outcomes:
-            if outcome.applied and outcome.layer == layer.index:
+            if outcome.applied and outcome.layer == layer.index and not outcome.inside:
                 tokens = _after(tokens, outcome)
         rows.append(LayerRow(layer.index, graph.sites[layer.site].module, before, tokens))
     return tuple(rows)
