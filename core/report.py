@@ -151,18 +151,22 @@ class Report:
         lines = [f"drift: {self.drift}"] if self.drift else []
         lines += [f"speed: {benchmark}" for benchmark in self.benchmarks]
         lines += [f"skipped: {reason}" for reason in self._skips()]
+        lines += [f"note: {remark}" for remark in self._said_of(applied=True)]
         lines += [f"note: {note}" for note in self.notes]
         return lines + [f"wrote {artifact['path']}" for artifact in self.artifacts]
 
     def _skips(self) -> list[str]:
-        """Reasons with the layers they hold for, each reason once."""
+        sites = [f"site {s['index']} ({s['node']}): {s['reason']}" for s in self.skipped_sites]
+        return self._said_of(applied=False) + sites
+
+    def _said_of(self, *, applied: bool) -> list[str]:
+        """Reasons of places that were changed, or were not, with the layers they hold for, each reason once."""
         places: dict[tuple[str, str], list[str]] = {}
         for outcome in self.outcomes:
-            if not outcome["applied"]:
+            if outcome["applied"] == applied and (outcome["reason"] or not applied):
                 where = "the model" if outcome["layer"] is None else str(outcome["layer"])
                 places.setdefault((outcome["pass"], outcome["reason"]), []).append(where)
-        texts = [f"{name} at layer {', '.join(at)}: {reason}" for (name, reason), at in places.items()]
-        return texts + [f"site {s['index']} ({s['node']}): {s['reason']}" for s in self.skipped_sites]
+        return [f"{name} at layer {', '.join(at)}: {reason}" for (name, reason), at in places.items()]
 
     def table(self) -> list[tuple[str, ...]]:
         """The ledger as text, headings first; [] without a stream.

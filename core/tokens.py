@@ -32,6 +32,7 @@ class Plan:
     counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
     spare            bool    whether `moved` may have unused entries; without them merging costs less
+    ragged           bool    whether rows may hold fewer tokens than the rule leaves: how many, `valid` alone says
     grid             ints    rows, columns that the slots after the prefix fill in raster order; None: no longer a grid
     """
 
@@ -46,6 +47,7 @@ class Plan:
     counts_sizes: bool = True
     drops: bool = False
     spare: bool = True
+    ragged: bool = False
     grid: tuple[int, int] | None = None
 
 

@@ -21,6 +21,8 @@ from .token_axes import Axes, Restored
 if TYPE_CHECKING:
     from .interpreter import ReductionInterpreter
 
+MOST = "the tokens out are the most that a row can hold; how many it does depends on the input"
+
 
 class CutRunner:
     """Runs the methods placed at the cuts of one graph."""
@@ -93,8 +95,9 @@ class CutRunner:
         self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
         reduced = state.advance(hidden, plan, size_bias=method.tracks_sizes)
         self.last = (str(method), layer.index)
+        said = MOST if any(one.ragged for one in state.plans) else ""
         self.outcomes.append(
-            Outcome(str(method), layer.index, site.node, True, "", _count_text(count), _count_text(out), rule)
+            Outcome(str(method), layer.index, site.node, True, said, _count_text(count), _count_text(out), rule)
         )
         return reduced
 

@@ -119,7 +119,7 @@ class ReductionInterpreter(fx.Interpreter):
         state = self.state
         assert state is not None
         dropped = any(self._lost(arg) for arg in n.all_input_nodes)
-        if dropped or (state.valid is not None and reason):
+        if dropped or (state.padded and reason):
             raise self._cannot_restore(n, reason or "it follows a node that needs every token", dropped)
         return self._at_full_length(n), RESTORED
 

@@ -56,6 +56,14 @@ def keep_plan(
     )
 
 
+def sample_plan(tokens: Tokens, weights: Tensor, points: int = 0) -> Plan:
+    """Keep the tokens that `points` sample points pick from the distribution of weights [B, N]; see `sample_tokens`."""
+    slot, leader, valid = torch.ops.tamis.sample_tokens(
+        weights, tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat(), points
+    )
+    return Plan(slot, leader, tokens.out, valid=valid, counts_sizes=False, drops=True, ragged=True)
+
+
 def in_order(plan: Plan) -> Plan:
     """The same groups of tokens in the order of their last tokens, which lead them: what a causal mask asks for."""
     slot, leader, moved = torch.ops.tamis.order_slots(plan.slot, plan.leader, plan.moved)

@@ -31,7 +31,7 @@ class StreamState:
         self.counts: list[Any] = [count]  # tokens at every epoch
         self.plans: list[Plan] = []
         self.plan_sizes: list[Tensor | None] = []  # sizes before each plan
-        self.valid = valid
+        self.valid, self.padded = valid, valid is not None  # what does not hold a token now; whether some never did
         self.sizes: Tensor | None = None
         self.size_bias = False
         self._leaders: dict[int, tuple[int, Tensor]] = {}
@@ -77,13 +77,17 @@ class StreamState:
         """Sizes at an epoch, [B, N] float32; None where every slot is one token."""
         return self.sizes if epoch == self.epoch else self.plan_sizes[epoch]
 
+    def valid_at(self, epoch: int) -> Tensor | None:
+        """[B, N] bool slots that hold a token at an epoch; None where all do."""
+        return self.valid if epoch == self.epoch else self.plans[epoch - 1].valid if epoch else self._first_valid
+
     def current_sizes(self, epoch: int | None = None) -> Tensor:
         """[B, N] float32 original tokens per slot, 0 at slots without a token; of an epoch (now)."""
         epoch = self.epoch if epoch is None else epoch
         sizes = self.sizes_at(epoch)
         if sizes is not None:
             return sizes
-        valid = self.valid if epoch == self.epoch else self.plans[epoch - 1].valid if epoch else self._first_valid
+        valid = self.valid_at(epoch)
         if valid is not None:
             return valid.float()
         return torch.ones(self.batch, self.counts[epoch], device=self.device)

@@ -15,7 +15,8 @@ from .call import Answer, Call, aten, require_batch, rule
 def mean_or_sum(call: Call) -> Answer:
     """Over tokens: sum of size * x (/ sum of sizes for a mean), which equals pooling the restored sequence.
 
-    Source: methods card 1.4 (ii).  A mean over survivors of pruning is unweighted; a sum has no meaning then.
+    Source: methods card 1.4 (ii).  A mean over survivors of pruning is unweighted; a sum has no meaning then.  Slots
+    without a token count nothing.
     """
     axes, dims = call.only, _dims(call)
     keep = bool(call.arg(2, "keepdim", False))
@@ -24,11 +25,11 @@ def mean_or_sum(call: Call) -> Answer:
     if len(axes.dims) > 1 or len(dims) > 1:
         raise NeedsFullLength("it pools over tokens and another axis together")
     is_mean = call.node.target is aten.mean.dim
-    if call.state.valid is not None and is_mean:
+    if call.state.padded and is_mean:
         raise NeedsFullLength("it takes a mean over padding")
     if call.state.dropped_by(axes.epoch) and not is_mean:
         raise NeedsFullLength("it sums over tokens of which some are gone")
-    if call.state.sizes_at(axes.epoch) is None and call.state.valid is None:
+    if call.state.sizes_at(axes.epoch) is None and call.state.valid_at(axes.epoch) is None:
         return call.run(), None
     return _weighted(call, axes, dims[0], keep, is_mean), None
 
