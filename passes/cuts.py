@@ -146,6 +146,7 @@ class CutRunner:
             valid=state.valid,
             grid=state.grid,
             lattice=state.lattice,
+            weights={name: self._live(node) for name, node in self.interpreter.weights.get(id(method), {}).items()},
             _tensors={
                 "queries": lambda: self._at_site(site.q),
                 "keys": lambda: self._at_site(site.k),
@@ -157,7 +158,6 @@ class CutRunner:
             },
             _attention=lambda: self._attention(site),
         )
-            weights={name: self._live(node) for name, node in self.interpreter.weights.get(id(method), {}).items()},
 
     def _at_site(self, name: str, axes: tuple[int, ...] = (0, 1, 2, 3)) -> Tensor:
         """A tensor [B, H, N, D] of the site just passed at the current token count; `axes`: where its node has them."""
