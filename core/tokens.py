@@ -30,6 +30,7 @@ class Plan:
     valid   [B, N']  bool    slots that hold a token; None: all do
     sizes   [B, N']  float32 original tokens in each slot; None: reduction of the sizes before (merged ones add up)
     counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
+    max_norm         bool    whether a merged slot is scaled to the largest norm of its tokens (MLERP); a mean of 0 stays
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
     spare            bool    whether `moved` may have unused entries; without them merging costs less
     ragged           bool    whether rows may hold fewer tokens than the rule leaves: how many, `valid` alone says
@@ -45,6 +46,7 @@ class Plan:
     valid: Tensor | None = None
     sizes: Tensor | None = None
     counts_sizes: bool = True
+    max_norm: bool = False
     drops: bool = False
     spare: bool = True
     ragged: bool = False

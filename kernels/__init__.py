@@ -23,6 +23,7 @@ if __name__ == "tamis.kernels":
     from . import quantized_attention as quantized_attention
     from . import reduce_tokens as reduce_tokens
     from . import rescale_tokens as rescale_tokens
+    from . import rescale_tokens as rescale_tokens
     from . import restore_tokens as restore_tokens
     from . import sample_tokens as sample_tokens
     from . import select_tokens as select_tokens

@@ -27,6 +27,7 @@ CALLED = frozenset(
         "merge_tokens",
         "order_slots",
         "reduce_tokens",
+        "rescale_tokens",
         "restore_tokens",
         "select_tokens",
         "valid_slots",

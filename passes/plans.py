@@ -64,6 +64,14 @@ def sample_plan(tokens: Tokens, weights: Tensor, points: int = 0) -> Plan:
     return Plan(slot, leader, tokens.out, valid=valid, counts_sizes=False, drops=True, ragged=True)
 
 
+def survivors(plan: Plan) -> Plan:
+    """The same slots, each with its leader alone: the tokens that would join them are dropped, and sizes stay."""
+    position = torch.arange(plan.slot.shape[1], device=plan.slot.device)
+    leads = plan.leader.gather(1, plan.slot.clamp(min=0)) == position
+    slot = torch.where(leads, plan.slot, -1)
+    return Plan(slot, plan.leader, plan.out, valid=plan.valid, counts_sizes=False, drops=True)
+
+
 def in_order(plan: Plan) -> Plan:
     """The same groups of tokens in the order of their last tokens, which lead them: what a causal mask asks for."""
     slot, leader, moved = torch.ops.tamis.order_slots(plan.slot, plan.leader, plan.moved)

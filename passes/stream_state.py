@@ -58,7 +58,8 @@ class StreamState:
         self.plan_sizes.append(self.sizes)
         merges, sizes = plan.moved is not None and plan.counts_sizes, plan.sizes
         if sizes is None and merges and plan.normalize and plan.weight is self.sizes:
-            x, mass = torch.ops.tamis.merge_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.spare)
+            y, mass = torch.ops.tamis.merge_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.spare)
+            x = _rescaled(y, x, plan)
             sizes = mass if plan.valid is None else torch.where(plan.valid, mass, 0.0)
         else:
             x = self.reduce(x, plan)
@@ -99,7 +100,8 @@ class StreamState:
 
     def reduce(self, x: Tensor, plan: Plan) -> Tensor:
         """Apply one plan to [B, N, C]."""
-        return torch.ops.tamis.reduce_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.normalize)
+        y = torch.ops.tamis.reduce_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.normalize)
+        return _rescaled(y, x, plan)
 
     def reduce_all(self, x: Tensor) -> Tensor:
         """Apply every plan in order to a [B, N0, C] value of the original length."""
@@ -170,6 +172,13 @@ class StreamState:
         if start:
             source = source[:, start:] - start
         return take_rows(x, source, dim, batch)
+
+
+def _rescaled(y: Tensor, x: Tensor, plan: Plan) -> Tensor:
+    """What x was reduced to, with the norms that the plan wants."""
+    if not plan.max_norm or plan.moved is None:
+        return y
+    return torch.ops.tamis.rescale_tokens(y, x, plan.slot, plan.leader, plan.moved)
 
 
 def take_rows(x: Tensor, index: Tensor, dim: int, batch: int | None) -> Tensor:

@@ -256,7 +256,20 @@ def apply_plan(plan: Plan, x: Tensor) -> Tensor:
     if plan.normalize:
         total = matrix.sum(-1, keepdim=True)
         sums = sums / torch.where(total == 0, 1.0, total)
+    if plan.max_norm:
+        sums = _at_the_largest_norm(sums, plan, wide)
     return sums.to(x.dtype)
+
+
+def _at_the_largest_norm(means: Tensor, plan: Plan, x: Tensor) -> Tensor:
+    """The mean of each group of several tokens, scaled to the largest of their norms; zero stays zero."""
+    scaled = means.clone()
+    for b, row in enumerate(plan.slot.tolist()):
+        for j in set(row) - {-1}:
+            group = [i for i, slot in enumerate(row) if slot == j]
+            if len(group) > 1 and means[b, j].norm() > 0:
+                scaled[b, j] *= max(x[b, i].norm() for i in group) / means[b, j].norm()
+    return scaled
 
 
 def check_plan(plan: Plan, tokens: Tokens) -> None:

@@ -112,6 +112,13 @@ def test_merging_duplicates_with_the_size_bias_is_the_dense_model(name):
     assert max(rewritten) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["vit_mean", "bert"])
+@pytest.mark.parametrize("method", ["tofu:switch=0,"])
+def test_other_methods_that_merge_duplicates_are_the_dense_model(name, method):
+    rewritten, by_hand = gaps(name, f"{method}r={MERGES},layers=[0]")
+    assert max(*rewritten, *by_hand) <= 1e-5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_the_size_bias_it_is_not(name):
     rewritten, by_hand = gaps(name, f"{RECIPE},prop_attn=false")

@@ -25,6 +25,7 @@ ZOO += ["roberta", "t5_encoder", "modernbert"]
 ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
 CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
 CASES += [(name, "pitome:keep_ratio=0.8,margin=0.5,bsm=[0]") for name in ("vit_small", "bert")]
+CASES += [("bert", "tofu:keep_ratio=0.8,switch=1")]
 BUDGET = 1e-4
 
 

@@ -19,6 +19,7 @@ MORE = (
     "tome:r=4,prop_attn=false",
     "pitome:r=5,margin=0.5",
     "pitome:keep_ratio=0.8,energy=paper,bsm=[0]",
+    "tofu:keep_ratio=0.8",
     "evit:keep_ratio=0.7,fuse=false",
     "evit:r=5",
     "random:r=3,seed=7",
