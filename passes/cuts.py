@@ -93,7 +93,7 @@ class CutRunner:
                 hint="set Plan.weight=tokens.sizes.",
             )
         self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
-        reduced = state.advance(hidden, plan, size_bias=method.tracks_sizes)
+        reduced = state.advance(hidden, plan, size_bias=method.tracks_sizes, passthrough=method.passthrough)
         self.last = (str(method), layer.index)
         said = MOST if any(one.ragged for one in state.plans) else ""
         self.outcomes.append(

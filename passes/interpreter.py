@@ -17,10 +17,11 @@ from .attention_rule import attend
 from .axis_rules import Call, rule_for
 from .axis_rules.indexing import ReadsPosition
 from .cuts import CutRunner
-from .outputs import output_values, restored_output, token_map
+from .outputs import output_values, restored_output, token_map, without_padding
 from .stream_state import StreamState
 from .token_axes import RESTORED, Axes, NeedsFullLength, Pieces, Restored
 
+PLACES = ("before_attention", "after_attention", "after_block")
 Mark = Axes | Pieces | Restored | None
 
 
@@ -38,6 +39,9 @@ class ReductionInterpreter(fx.Interpreter):
         self.cuts = CutRunner(graph, placed, self)
         self.marks: dict[fx.Node, Mark] = {}
         self.state: StreamState | None = None
+        self._states = {layer.cut(where) for layer in graph.layers for where in PLACES}
+        self._left: dict[fx.Node, tuple[Any, ...]] = {}  # of the stream's states: see StreamState.left
+        self._whole: dict[fx.Node, Any] = {}
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -57,7 +61,11 @@ class ReductionInterpreter(fx.Interpreter):
                 value = super().run_node(n)
             else:
                 value, self.marks[n] = self._run_marked(n)
-            return self.cuts.at(n, value)
+            value = self.cuts.at(n, value)
+            mark = self.marks.get(n)
+            if n.name in self._states and isinstance(mark, Axes) and self.state is not None:
+                self._left[n] = self.state.left[: mark.epoch]
+            return value
 
     def value_of(self, name: str) -> Any:
         """The value of a node that does not depend on the stream; it runs now if its turn has not come."""
@@ -115,7 +123,7 @@ class ReductionInterpreter(fx.Interpreter):
         return mark if isinstance(mark, Axes) else None
 
     def _run_restored(self, n: fx.Node, reason: str) -> tuple[Any, Mark]:
-        """Run a node on the restored sequence; only merging can be undone."""
+        """Run a node on the restored sequence: merging can be undone, and what passed through be put back."""
         state = self.state
         assert state is not None
         dropped = any(self._lost(arg) for arg in n.all_input_nodes)
@@ -129,28 +137,48 @@ class ReductionInterpreter(fx.Interpreter):
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def _full(self, arg: fx.Node) -> Any:
-        """A value put back to full length.  Where its batch axis was folded away, what it came from is put back."""
+        """A value put back to full length.  Where its batch axis was folded away, what it came from is put back.
+
+        So it is where tokens passed through: what is computed of each token by itself is computed of them too.
+        """
         axes, value = self._axes_of(arg), self.env[arg]
+        if isinstance(self.marks.get(arg), tuple):
+            return self._at_full_length(arg)
         if axes is None:
             return value
         assert self.state is not None
         if axes.batch is None and self._lost(arg):
             raise self._cannot_restore(arg, "its batch axis is folded away", True)
+        if self.state.dropped_by(axes.epoch) and not self._lost(arg):
+            return self._with_dropped(arg)
         if axes.batch is None:
             return self._at_full_length(arg)
         if isinstance(value, (list, tuple)):
             return type(value)(restored_output(v, axes, self.state) for v in value)
         return restored_output(value, axes, self.state)
 
+    def _with_dropped(self, n: fx.Node) -> Any:
+        """The value of a node for every token, dropped ones being in the stream what they were when they left."""
+        assert self.state is not None
+        if n.name in self.sites:
+            raise self._cannot_restore(n, "attention has no result for tokens that are not there", True)
+        if n not in self._whole:
+            at_state = n in self._left and self._axes_of(n) is not None
+            self._whole[n] = (
+                self.state.with_dropped(self.env[n], self._left[n]) if at_state else self._at_full_length(n)
+            )
+        return self._whole[n]
+
     def _lost(self, arg: fx.Node) -> bool:
         """Whether tokens were dropped for good before a value was computed."""
         axes = self._axes_of(arg)
-        return axes is not None and self.state is not None and self.state.dropped_by(axes.epoch)
+        return axes is not None and self.state is not None and self.state.lost_by(axes.epoch)
 
     def _cannot_restore(self, n: fx.Node, reason: str, dropped: bool) -> TokenAxisUnsupported:
         lost = "dropped some for good" if dropped else "left no place for padding"
         hint = (
-            "use a merging pass (tome), which can be undone before this node, or other layers."
+            "use a merging pass (tome), which can be undone before this node, passthrough=true, which leaves dropped "
+            "tokens as they were, or other layers."
             if dropped
             else "give rows without padding (no mask), or keep the layers before this node unreduced (layers=...)."
         )
@@ -178,6 +206,8 @@ class ReductionInterpreter(fx.Interpreter):
             value = self.env[node] if isinstance(node, fx.Node) else node
             if axes is not None and self.options.restore:
                 value = self._full(node)
+                if self.state is not None and self.state.dropped_by(axes.epoch) and not self._lost(node):
+                    value = without_padding(value, axes, self.state)
             values.append(value)
         if self.options.token_map:
             values.append(token_map(self.state, self.cuts.first_hidden, self.cuts.valid()))

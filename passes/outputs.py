@@ -9,7 +9,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from .stream_state import StreamState
+from .stream_state import StreamState, take_rows
 from .token_axes import Axes
 
 
@@ -22,12 +22,26 @@ def restored_output(value: Any, axes: Axes, state: StreamState) -> Any:
     return value
 
 
+def without_padding(value: Any, axes: Axes, state: StreamState) -> Any:
+    """A value of the original length with zeros in the rows of padding."""
+    valid = state.first_valid
+    if valid is not None and axes.batch is not None:
+        index = _places(valid, valid.shape[0], valid.shape[1], valid.device)[:, axes.start :] - axes.start
+        for dim in axes.dims:
+            value = take_rows(value, index, dim, axes.batch)
+    return value
+
+
 def token_map(state: StreamState | None, hidden: Any, valid: torch.Tensor | None) -> torch.Tensor:
     """[B, N0] int64: for every original token the slot it ends in, -1 if it was dropped or is padding."""
     if state is not None and state.plans:
         return state.source()
-    batch, count = hidden.shape[:2]
-    places = torch.arange(count, device=hidden.device).unsqueeze(0).expand(batch, count)
+    return _places(valid, *hidden.shape[:2], hidden.device)
+
+
+def _places(valid: torch.Tensor | None, batch: Any, count: Any, device: torch.device) -> torch.Tensor:
+    """[B, N] int64: every token's own place, -1 for padding."""
+    places = torch.arange(count, device=device).unsqueeze(0).expand(batch, count)
     return places.clone() if valid is None else torch.where(valid, places, -1)
 
 

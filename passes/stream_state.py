@@ -31,13 +31,14 @@ class StreamState:
         self.counts: list[Any] = [count]  # tokens at every epoch
         self.plans: list[Plan] = []
         self.plan_sizes: list[Tensor | None] = []  # sizes before each plan
+        self.left: tuple[Tensor | None, ...] = ()  # the stream before each plan whose dropped tokens pass through
         self.valid, self.padded = valid, valid is not None  # what does not hold a token now; whether some never did
         self.sizes: Tensor | None = None
         self.size_bias = False
         self._leaders: dict[int, tuple[int, Tensor]] = {}
         self._sources: dict[int, Tensor] = {}
         self._bias: tuple[int, Tensor | None] | None = None
-        self._first_valid = valid
+        self.first_valid = valid
 
     @property
     def epoch(self) -> int:
@@ -46,16 +47,24 @@ class StreamState:
 
     @property
     def drops(self) -> bool:
-        """Whether any plan dropped real tokens for good."""
+        """Whether any plan dropped real tokens."""
         return self.dropped_by(self.epoch)
 
     def dropped_by(self, epoch: int) -> bool:
-        """Whether one of the first `epoch` plans dropped real tokens for good."""
+        """Whether one of the first `epoch` plans dropped real tokens."""
         return any(plan.drops for plan in self.plans[:epoch])
 
-    def advance(self, x: Tensor, plan: Plan, *, size_bias: bool) -> Tensor:
-        """Apply one more plan to the stream [B, N, C] and compose it; `sizes` and `valid` then speak of its slots."""
+    def lost_by(self, epoch: int) -> bool:
+        """Whether one of the first `epoch` plans dropped real tokens that do not pass through: they are gone."""
+        return any(plan.drops and left is None for plan, left in zip(self.plans[:epoch], self.left, strict=False))
+
+    def advance(self, x: Tensor, plan: Plan, *, size_bias: bool, passthrough: bool = False) -> Tensor:
+        """Apply one more plan to the stream [B, N, C] and compose it; `sizes` and `valid` then speak of its slots.
+
+        With `passthrough` the tokens that it drops are remembered as they are (see `with_dropped`).
+        """
         self.plan_sizes.append(self.sizes)
+        self.left = (*self.left, x if passthrough and plan.drops else None)
         merges, sizes = plan.moved is not None and plan.counts_sizes, plan.sizes
         if sizes is None and merges and plan.normalize and plan.weight is self.sizes:
             y, mass = torch.ops.tamis.merge_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.spare)
@@ -80,7 +89,7 @@ class StreamState:
 
     def valid_at(self, epoch: int) -> Tensor | None:
         """[B, N] bool slots that hold a token at an epoch; None where all do."""
-        return self.valid if epoch == self.epoch else self.plans[epoch - 1].valid if epoch else self._first_valid
+        return self.valid if epoch == self.epoch else self.plans[epoch - 1].valid if epoch else self.first_valid
 
     def current_sizes(self, epoch: int | None = None) -> Tensor:
         """[B, N] float32 original tokens per slot, 0 at slots without a token; of an epoch (now)."""
@@ -104,9 +113,21 @@ class StreamState:
         return _rescaled(y, x, plan)
 
     def reduce_all(self, x: Tensor) -> Tensor:
-        """Apply every plan in order to a [B, N0, C] value of the original length."""
-        for plan in self.plans:
+        """Apply every plan in order to a [B, N0, C] value of the original length, which is the stream from here on."""
+        for epoch, plan in enumerate(self.plans):
+            if self.left[epoch] is not None:
+                self.left = (*self.left[:epoch], x, *self.left[epoch + 1 :])
             x = self.reduce(x, plan)
+        return x
+
+    def with_dropped(self, x: Tensor, left: tuple[Tensor | None, ...]) -> Tensor:
+        """[B, N0, C] of the stream's state x [B, N, C] after len(left) plans, whose `left` it was then.
+
+        A token that was dropped on the way is what it was when it left; padding is zero, or what it was.
+        """
+        for plan, before in zip(self.plans[: len(left)][::-1], left[::-1], strict=True):
+            here = take_rows(x, plan.slot, 1, 0)
+            x = here if before is None else torch.where((plan.slot >= 0).unsqueeze(-1), here, before)
         return x
 
     def leader(self, since: int) -> Tensor:
@@ -129,10 +150,10 @@ class StreamState:
 
     def positions(self) -> Tensor:
         """[B, N] int64 rank of each slot's leader among the row's original real tokens."""
-        if self._first_valid is None:
+        if self.first_valid is None:
             ranks = torch.arange(self.counts[0], device=self.device).unsqueeze(0).expand(self.batch, self.counts[0])
         else:
-            ranks = (self._first_valid.cumsum(1) - 1).clamp(min=0)
+            ranks = (self.first_valid.cumsum(1) - 1).clamp(min=0)
         return ranks.gather(1, self.leader(0)) if self.plans else ranks
 
     def places(self, prefix: int) -> Tensor:

@@ -7,7 +7,7 @@ own `plan` is shared, because *that* is under test elsewhere and its decisions m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Stream:
     leaders: Tensor | None = None  # [B, N] original index of every slot's leader
     counts: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, before, after) of every reduction
     plans: list[Plan] = field(default_factory=list)
+    last: Tensor | None = None  # [B, N0, C] what every original token was when a method that passes it by took it out
     _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
     _raw_keys: Tensor | None = None
     _bias: Tensor | float = 0.0
@@ -115,6 +116,8 @@ class Stream:
             plan = in_order(plan)
             check_plan(plan, tokens)
         self.counts.append((layer, x.shape[1], plan.out))
+        if method.passthrough:
+            self.last = self.restore(x)
         x = apply_plan(plan, x)
         self._compose(plan, tracks=method.tracks_sizes)
         return x
@@ -207,13 +210,20 @@ class Stream:
             return self.sizes
         return torch.ones(plan.slot.shape) if self.valid is None else self.valid.float()
 
-    def restore(self, x: Tensor) -> Tensor:
-        """[B, N', C] back to [B, N, C]: every original token gets its slot's value, dropped ones and padding zeros."""
+    def restore(self, x: Tensor, then: Callable[[Tensor], Tensor] = lambda state: state) -> Tensor:
+        """then(the stream's state x [B, N', C]), every original token getting its slot's value.
+
+        Dropped tokens get what `then` makes of what they were if they passed by, else zeros; padding gets zeros.
+        """
+        values = then(x)
         if self.source is None:
-            return x
-        full = x.new_zeros(x.shape[0], self.source.shape[1], x.shape[2])
+            return values
+        full = values.new_zeros(values.shape[0], self.source.shape[1], values.shape[2])
+        if self.last is not None:
+            full = then(self.last.clone())
+            full = full if self.original_valid is None else full.masked_fill(~self.original_valid[..., None], 0.0)
         for b, row in enumerate(self.source):
-            full[b, row >= 0] = x[b, row[row >= 0]]
+            full[b, row >= 0] = values[b, row[row >= 0]]
         return full
 
     def mean(self, x: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def test_neighbour_differences_need_every_token():
     text = message(TokenAxisUnsupported, lambda: Pipeline.parse("random:r=4").run(reading(ReadsDifferences)))
     assert text.startswith(line_of("x[:, 2:] - x[:, 1:-1]"))
     assert "needs every token in its place, but random:r=4 at layer 1 dropped some for good" in text
-    assert "hint: use a merging pass (tome), which can be undone before this node, or other layers." in text
+    assert "hint: use a merging pass (tome), which can be undone before this node, passthrough=true," in text
 
 
 def test_what_merging_can_undo_is_undone_before_such_a_read():

@@ -1,6 +1,7 @@
 """Models whose end needs every token of the encoder, ViTMAE's decoder and DPT's convolutions, against oracles.
 
-Merging is undone before them, layer by layer as each value was; pruning cannot be and is refused.
+Merging is undone before them, layer by layer as each value was; pruned tokens pass by if the pass says so, else they
+are gone and the model is refused.
 """
 
 from __future__ import annotations
@@ -27,9 +28,16 @@ def captured(name: str) -> TokenGraph:
     return capture(FAMILIES[name].shared(torch.float64), args, kwargs=kwargs)
 
 
-@pytest.mark.parametrize("passes", ["tome:r=2", "tome:r=3,layers=[1]", "evit:keep_ratio=0.7"])
+PASSING = (
+    "random:r=2,passthrough=true",
+    "evit:keep_ratio=0.7,fuse=false,passthrough=true",
+    "evit:r=3,layers=[0],fuse=false,passthrough=true + tome:r=2,layers=[1] + random:r=1,layers=[2],passthrough=true",
+)
+
+
+@pytest.mark.parametrize("passes", ["tome:r=2", "tome:r=3,layers=[1]", "evit:keep_ratio=0.7", *PASSING])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_merging_did_is_undone_before_the_head(name: str, passes: str) -> None:
+def test_every_token_is_back_before_the_head(name: str, passes: str) -> None:
     family, result = FAMILIES[name], Pipeline.parse(passes).run(captured(name))
     assert len(result.graph.layers) == 0  # the result is a program; what was known was known of the original
     assert len(captured(name).layers) == family.layers
@@ -48,7 +56,10 @@ def test_the_head_sees_that_tokens_merged(name: str) -> None:
     assert float((mine[0] - dense[0]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("passes", ["random:r=2", "evit:keep_ratio=0.7,fuse=false"])
+LOST = "evit:r=2,layers=[0],fuse=false + random:r=2,layers=[1],passthrough=true"
+
+
+@pytest.mark.parametrize("passes", ["random:r=2", "evit:keep_ratio=0.7,fuse=false", LOST])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dropped_tokens_cannot_be_put_back(name: str, passes: str) -> None:
     with pytest.raises(TokenAxisUnsupported, match="dropped some for good"):

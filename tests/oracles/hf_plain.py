@@ -22,9 +22,8 @@ def hf_plain(model: Any, family: Any, methods: Any, **inputs: Tensor) -> Answer:
     blocks = getattr(getattr(body, "encoder", None), "layer", None) or body.layers
     stream = Stream(methods, len(blocks), family.prefix)
     x = list(states(stream, blocks, x))[-1]
-    norm = getattr(body, "layernorm", None)
-    x = x if norm is None else norm(x)
-    return [*_head(model, body, x, stream), *(others if body is model else [])], stream
+    norm = getattr(body, "layernorm", None) or nn.Identity()
+    return [*_head(model, body, norm(x), stream.restore(x, norm), stream), *(others if body is model else [])], stream
 
 
 NAMES = ("dinov2", "deit", "videomae", "vit", "audio_spectrogram_transformer")
@@ -65,8 +64,8 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return mlp.fc2(mlp.activation_fn(mlp.fc1(x)))
 
 
-def _head(model: Any, body: Any, x: Tensor, stream: Stream) -> list[Tensor]:
-    """Class tokens, means of what the slots stand for, or the tokens themselves."""
+def _head(model: Any, body: Any, x: Tensor, whole: Tensor, stream: Stream) -> list[Tensor]:
+    """Class tokens, means of what the slots stand for, or the tokens themselves at full length."""
     if hasattr(model, "distillation_classifier"):
         both = [model.cls_classifier(x[:, 0]), model.distillation_classifier(x[:, 1])]
         return [(both[0] + both[1]) / 2, *both]
@@ -83,7 +82,7 @@ def _head(model: Any, body: Any, x: Tensor, stream: Stream) -> list[Tensor]:
         "DeiTModel": lambda: [body.pooler.activation(body.pooler.dense(x[:, 0]))],
         "ASTModel": lambda: [(x[:, 0] + x[:, 1]) / 2],
     }
-    return [stream.restore(x), *pooled.get(type(model).__name__, list)()]
+    return [whole, *pooled.get(type(model).__name__, list)()]
 
 
 def whisper(model: Any, family: Any, methods: Any, input_features: Tensor) -> Answer:
