@@ -53,7 +53,8 @@ def control_of(method: TokenReduction, seed: int) -> RandomDrop:
 
         def rule(self, layer: int, layers: int, prefix: int) -> CountRule:
             rule = method.rule(layer, layers, prefix)
-            return CountRule(rule.prefix, tuple((a, b - rule.added * c, c) for a, b, c in rule.terms))
+            terms = tuple((a, b - rule.added * c, c) for a, b, c in rule.terms)
+            return dataclasses.replace(rule, terms=terms, added=0)
 
     return EqualCounts(r=1, seed=seed)  # its own r is never asked for
 

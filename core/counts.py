@@ -30,11 +30,21 @@ class CountRule:
         prefix: leading real tokens that never leave.
         terms: (a, b, c) triples, see the module's formula.
         added: tokens created by the reduction at a row where at least one token leaves.
+        of_first: the fraction of the tokens before the first reduction to keep, in place of what the first term says,
+            where their number is known (see `resolved`).
     """
 
     prefix: int
     terms: tuple[Term, ...]
     added: int = 0
+    of_first: Fraction | None = None
+
+    def resolved(self, first: Any) -> CountRule:
+        """This rule for a stream that had `first` tokens; floor(of_first * T) of them stay if that is a number."""
+        if self.of_first is None or not isinstance(first, int):
+            return self
+        kept = (first - self.prefix) * self.of_first.numerator // self.of_first.denominator
+        return CountRule(self.prefix, ((1, -kept, 1), *self.terms[1:]), self.added)
 
     def removed(self, n: Any) -> Any:
         """Tokens that leave out of n; n is an int, a SymInt or an int64 tensor."""
@@ -82,6 +92,11 @@ def keep_at_least(ratio: float) -> Term:
     """Term: keep ceil(ratio * T), the pruning convention (EViT 7.2)."""
     kept = exact(ratio)
     return (kept.denominator - kept.numerator, 0, kept.denominator)
+
+
+def keep_at_most(ratio: Fraction) -> Term:
+    """Term: keep floor(ratio * T), DynamicViT's convention (10.1)."""
+    return (ratio.denominator - ratio.numerator, ratio.denominator - 1, ratio.denominator)
 
 
 def exact(ratio: float) -> Fraction:

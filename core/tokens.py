@@ -148,6 +148,16 @@ class Tokens:
         return self._tensors["places"]()
 
     @cached_property
+    def patches(self) -> Tensor:
+        """[B, N] bool: the real tokens that are not protected."""
+        import torch
+
+        if self.valid is not None:
+            return self.valid & (self.valid.cumsum(1) > self.prefix)
+        batch, count = self.hidden.shape[:2]
+        return (torch.arange(count, device=self.hidden.device) >= self.prefix).expand(batch, count)
+
+    @cached_property
     def source(self) -> Tensor:
         """[B, N0] int64: slot that every original token is in at this cut, -1 if it was dropped or is padding."""
         return self._tensors["source"]()

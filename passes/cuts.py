@@ -71,7 +71,7 @@ class CutRunner:
 
     def _reduce(self, node: fx.Node, hidden: Tensor, layer: Layer, method: TokenReduction) -> Tensor:
         state, site = self._state, self.graph.sites[layer.site]
-        rule = method.rule(layer.index, len(self.graph.layers), self.graph.prefix)
+        rule = method.rule(layer.index, len(self.graph.layers), self.graph.prefix).resolved(state.first_count)
         count = state.counts[-1]
         known = isinstance(count, int)
         if known:

@@ -29,6 +29,7 @@ class StreamState:
         self.grid = self.lattice = grid  # the grid that the patch tokens of now fill, and the last there was
         self._lattice_epoch = 0
         self.counts: list[Any] = [count]  # tokens at every epoch
+        self.first_count = count if valid is None else None  # of every row of the original sequence alike
         self.plans: list[Plan] = []
         self.plan_sizes: list[Tensor | None] = []  # sizes before each plan
         self.left: tuple[Tensor | None, ...] = ()  # the stream before each plan whose dropped tokens pass through

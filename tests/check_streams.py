@@ -106,7 +106,7 @@ class Made:
 
     def tokens(self, method: TokenReduction) -> Tokens:
         """What the method sees."""
-        return self.stream(method)._view(method.rule(self.layer, LAYERS, self.prefix), self.layer, self.x)
+        return self.stream(method)._view(method, method.rule(self.layer, LAYERS, self.prefix), self.layer, self.x)
 
     def plan(self, method: TokenReduction) -> Plan:
         """What it decides."""

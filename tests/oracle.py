@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tamis.rewrite import parse_passes
 from tamis.tokens import Attention, Plan, Tokens
+from tamis.weights import TrainedPass
 
 if TYPE_CHECKING:
     from tamis.passes.reduction import TokenReduction
@@ -106,10 +107,11 @@ class Stream:
         return x
 
     def _reduce(self, method: TokenReduction, layer: int, x: Tensor) -> Tensor:
-        rule = method.rule(layer, self.layers, self.prefix)
+        first = x.shape[1] if self.source is None else self.source.shape[1]
+        rule = method.rule(layer, self.layers, self.prefix).resolved(first if self.original_valid is None else None)
         if rule.is_identity or (self.original_valid is None and rule.removed(x.shape[1]) == 0):
             return x
-        tokens = self._view(rule, layer, x)
+        tokens = self._view(method, rule, layer, x)
         plan = method.plan(tokens)
         check_plan(plan, tokens)
         if self.causal:
@@ -122,8 +124,7 @@ class Stream:
         self._compose(plan, tracks=method.tracks_sizes)
         return x
 
-    def _view(self, rule: Any, layer: int, x: Tensor) -> Tokens:
-        q, k, v, _ = self._now()
+    def _view(self, method: TokenReduction, rule: Any, layer: int, x: Tensor) -> Tokens:
         return Tokens(
             hidden=x,
             rule=rule,
@@ -135,11 +136,12 @@ class Stream:
             valid=self.valid,
             grid=self.grid,
             lattice=self.lattice,
+            weights=method.weights.tensors if isinstance(method, TrainedPass) else {},
             _tensors={
-                "queries": lambda: q,
-                "keys": lambda: k,
-                "keys_before_rope": lambda: k if self._raw_keys is None else self._raw_keys,
-                "values": lambda: v,
+                "queries": lambda: self._now()[0],
+                "keys": lambda: self._now()[1],
+                "keys_before_rope": lambda: self._now()[1] if self._raw_keys is None else self._raw_keys,
+                "values": lambda: self._now()[2],
                 "positions": lambda: self._positions(x),
                 "places": lambda: self._places(x),
                 "source": lambda: self._source_now(x),
