@@ -27,6 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 RESULT, PAGE = HERE / "results" / "accuracy.json", HERE.parent / "docs" / "accuracy.md"
 SEEDS = (0, 1, 2)
+PACKAGES = ("torch", "timm", "transformers", "scikit-learn", "numpy")
 
 
 def measure(task: Any, prepared: Any, groups: tuple[int, ...], only: list[str]) -> dict[str, Any]:
@@ -128,10 +129,9 @@ def retrieval(only: list[str]) -> dict[str, Any]:
     return {"paragraphs": PARAGRAPHS, "example_tokens": task.example()["input_ids"].shape[1], **found}
 
 
-def facts(command: str) -> dict[str, Any]:
+def facts(command: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """What is needed to repeat a run."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "timm", "transformers", "scikit-learn", "numpy")
     return {
         "command": command,
         "commit": commit,

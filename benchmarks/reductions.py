@@ -73,6 +73,15 @@ def levels(make: Callable[[float], TokenReduction], prepared: Prepared) -> dict[
     return {title: (make(hundredths / 100), at(hundredths)) for title, hundredths in chosen.items()}
 
 
+def nearest_to(make: Callable[[float], TokenReduction], prepared: Prepared, share: float) -> TokenReduction:
+    """The method whose model comes nearest to this share of the dense model's FLOPs.
+
+    make  a method from its keep ratio, which is in hundredths
+    """
+    found = _nearest(lambda hundredths: flops_share(compiled(prepared, make(hundredths / 100))), {}, share)
+    return make(found / 100)
+
+
 def _nearest(share: Callable[[int], float], known: dict[int, float], target: float) -> int:
     """The keep ratio in hundredths whose share of the FLOPs is nearest to the target; shares grow with the ratio.
 

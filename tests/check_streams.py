@@ -5,18 +5,19 @@ The statistics of attention come from the oracle's explicit softmax; nothing of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from oracle import Stream, one_hot
 from torch import Tensor
+from untrained import untrained
 
 from tamis.passes.reduction import TokenReduction
 from tamis.passes.stream_state import StreamState
 from tamis.registry import origin_of, registered_passes
 from tamis.tokens import Plan, Tokens
-from tamis.weights import TrainedPass
 
 LAYERS, LAST = 4, 3
 CHANNELS, HEADS, WIDTH = 8, 2, 4
@@ -29,21 +30,11 @@ def reductions() -> dict[str, type[TokenReduction]]:
     return {name: cls for name, cls in known if issubclass(cls, TokenReduction) and origin_of(cls) == "tamis"}
 
 
-def made(cls: type[TokenReduction], layers: Any = (LAST,), channels: int = CHANNELS, **amount: Any) -> TokenReduction:
+def made(
+    cls: type[TokenReduction], layers: Sequence[int] = (LAST,), channels: int = CHANNELS, **amount: Any
+) -> TokenReduction:
     """A method with this amount (r, keep_ratio) at these layers, with random tensors where it has trained parts."""
-    if not issubclass(cls, TrainedPass):
-        return cls(layers=layers, **amount)
-    empty = cls(layers=layers, weights={}, **amount)
-    return replace(empty, weights=random_weights(empty, list(layers), channels))
-
-
-def random_weights(method: TrainedPass, layers: list[int], channels: int) -> dict[str, Tensor]:
-    """Every tensor that the method asks for; a size that may be any is 6."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = method.expected(layers, channels)
-    return {
-        name: torch.randn([6 if n is None else n for n in shape], generator=generator) for name, shape in shapes.items()
-    }
+    return untrained(cls, channels, LAYERS, layers=layers, **amount)
 
 
 class Exact(Stream):
