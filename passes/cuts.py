@@ -82,6 +82,9 @@ class CutRunner:
             return hidden
         out = torch.ops.tamis.token_count(hidden, 1, self.graph.prefix, rule.flat())
         tokens = self._tokens(method, hidden, rule, out, layer, site)
+        if why := method.why_not_at(tokens):
+            self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
+            return hidden
         plan = self._plan(method, tokens, layer)
         plan = in_order(plan) if self.graph.hides_later else plan
         if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
@@ -95,9 +98,18 @@ class CutRunner:
         self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
         reduced = state.advance(hidden, plan, size_bias=method.tracks_sizes, passthrough=method.passthrough)
         self.last = (str(method), layer.index)
-        said = MOST if any(one.ragged for one in state.plans) else ""
+        said = [method.note(layer.index, len(self.graph.layers)), MOST * any(one.ragged for one in state.plans)]
         self.outcomes.append(
-            Outcome(str(method), layer.index, site.node, True, said, _count_text(count), _count_text(out), rule)
+            Outcome(
+                str(method),
+                layer.index,
+                site.node,
+                True,
+                "; ".join(filter(None, said)),
+                _count_text(count),
+                _count_text(out),
+                rule,
+            )
         )
         return reduced
 

@@ -149,7 +149,7 @@ class TokenReduction(Pass):
         return ""
 
     def note(self, layer: int, layers: int) -> str:
-        """What the report says of the method's choices at a layer where its parameters do not say it; "" for nothing."""
+        """What the report says of the method's choices at a layer, where its parameters do not; "" for nothing."""
         return ""
 
     def apply(self, graph: TokenGraph, options: Options) -> Result:

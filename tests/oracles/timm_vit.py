@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 def timm_vit(model: Any, family: Any, methods: Any, images: Tensor) -> tuple[list[Tensor], Stream]:
     """Images [B, 3, H, W] -> [head output [B, K]]."""
-    stream = Stream(methods, len(model.blocks), family.prefix)
+    grid = tuple(map(int, model.patch_embed.grid_size))
+    stream = Stream(methods, len(model.blocks), family.prefix, grid=grid)
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     for layer, block in enumerate(model.blocks):
         x = stream.cut("before_attention", layer, x)
