@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tamis.rewrite import parse_passes
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -42,8 +44,9 @@ class Family:
     without: tuple[str, ...] = ()
 
     def takes(self, passes: str) -> bool:
-        """Whether the methods of a recipe can run on it."""
-        return not any(passes.startswith(name) for name in self.without)
+        """Whether the methods of a recipe can run on it; all that score by a class token are as EViT."""
+        scored = any(getattr(one, "needs_class_token", False) for one in parse_passes(passes))
+        return not ("evit" in self.without and scored)
 
     def model(self, dtype: torch.dtype = torch.float32, layers: int | None = None) -> nn.Module:
         """A fresh module; the same weights every time."""

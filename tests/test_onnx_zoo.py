@@ -26,7 +26,7 @@ ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
 CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
 CASES += [(name, "pitome:keep_ratio=0.8,margin=0.5,bsm=[0]") for name in ("vit_small", "bert")]
 CASES += [("bert", "tofu:keep_ratio=0.8,switch=1")]
-CASES += [("deit_distilled", "pool:window=3,layers=[0]")]
+CASES += [(name, "ats:keep_ratio=0.8,layers=[0,1]") for name in ("vit_small", "deit_distilled", "dinov2_reg4", "bert")]
 BUDGET = 1e-4
 
 
@@ -70,9 +70,14 @@ def test_onnx_runtime_equals_torch_at_another_batch_and_length(name: str, method
     program = rewritten(name, method, torch.float32).graph.program
     inputs = [feeds_of(name, batch, length) for batch, length in ((1, 9), (5, 23))]
     called = assert_file_equals(program, inputs, tmp_path / "model.onnx")
-    assert called & {"BipartiteMatch", "BipartiteMatchMasked", "EnergyMatch", "SelectTokens", "SelectTokensMasked"} or (
-        method.startswith("pool") and "MergeTokens" in called
-    )
+    assert called & {
+        "BipartiteMatch",
+        "BipartiteMatchMasked",
+        "EnergyMatch",
+        "SampleTokens",
+        "SelectTokens",
+        "SelectTokensMasked",
+    }
 
 
 def test_onnx_runtime_equals_torch_under_causal_attention(tmp_path: Path) -> None:

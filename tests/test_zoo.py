@@ -23,6 +23,8 @@ MORE = (
     "evit:keep_ratio=0.7,fuse=false",
     "evit:r=5",
     "random:r=3,seed=7",
+    "ats:keep_ratio=0.8",
+    "ats:r=1,points=30,per_head=true",
 )
 EXTENDED = ("vit_mean", "deit_distilled", "bert")  # mean pooling, two prefix tokens, padding
 FLOAT64_BUDGET = 1e-5  # sizes and scores are float32 whatever the model is

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
+from selection_oracle import sample_row
 
 from tamis.counts import CountRule, at_most, keep_at_least
 from tamis.kernels.sample_tokens import reference as sample
 
 KEEP_ONE = (1, -1, 1)
-
-
-def sample_row(weights: list[float], valid: list[bool], out: int, rule: CountRule, points: int) -> list[list]:
-    """slot, leader and valid of one row, each point compared with every token (methods card 6.2)."""
-    real = [i for i, is_real in enumerate(valid) if is_real]
-    protected, free = real[: rule.prefix], real[rule.prefix :]
-    room = len(free) - rule.removed(len(real))
-    exact = {i: Fraction(weights[i]) if 0 < weights[i] < float("inf") else Fraction(0) for i in free}
-    exact = exact if any(exact.values()) else dict.fromkeys(free, Fraction(1))
-    order = sorted(free, key=lambda i: (exact[i], i))
-    picks = set(_picks([exact[i] for i in order], points or room))
-    kept = [i for place, i in enumerate(order) if place in picks]
-    leader = protected + kept[max(len(kept) - room, 0) :]
-    slot = [leader.index(i) if i in leader else -1 for i in range(len(valid))]
-    return [slot, leader + [0] * (out - len(leader)), [j < len(leader) for j in range(out)]]
-
-
-def _picks(rising: list[Fraction], points: int) -> list[int]:
-    """Places that the sample points fall nearest to; weights rise."""
-    if len(rising) < 2:
-        return list(range(len(rising)))
-    running = [sum(rising[: j + 1]) for j in range(len(rising))]
-    share = [(c - running[0]) / (running[-1] - running[0]) for c in running]
-    first = min(f for f in share if f > 0)
-    at = [first + (1 - first) * Fraction(k, points - 1) for k in range(points)] if points > 1 else [Fraction(1)]
-    return [min(range(len(share)), key=lambda j, y=y: (abs(y - share[j]), j)) for y in at]
 
 
 def drawn(kind: str, tokens: int, generator: torch.Generator) -> torch.Tensor:
