@@ -29,6 +29,7 @@ class Template:
             mode, generic = generic_examples([*values, *symbols])
             values, self.symbols = generic[: len(inputs)], [one.node.expr for one in generic[len(inputs) :]]
             assert all(size >= 0 for value in values for size in _example(value))
+        values = _each_its_own(values, mode)
 
         def call(*values: Any) -> Any:
             by_node = dict(zip(inputs, values, strict=True))
@@ -40,6 +41,17 @@ class Template:
             traced = tracer(*values)
         self.graph = traced.graph
         self.graph.eliminate_dead_code()
+
+
+def _each_its_own(values: list[Any], mode: Any) -> list[Any]:
+    """The values, none of them the same tensor twice: the tracer would take two inputs for one."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor) and any(value is other for other in found):
+            with mode:
+                value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        found.append(value)
+    return found
 
 
 class Shape:

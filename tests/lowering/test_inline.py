@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from rewriting import rewritten, run
+from zoo import FAMILIES
 
 from tamis.lowering.inline import inline_ops
 
@@ -57,3 +61,16 @@ def test_dynamic_length_runs_at_other_lengths(make_program, make_tokens):
         expected, got = program.module()(given), inlined.module()(given)
         torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=0, atol=0)
         assert got["last_hidden_state"].shape[1] == length - 4
+
+
+def test_two_inputs_of_one_shape_stay_two():
+    """Where half of the tokens merge, the lists of those that lead and of those that move are equally long."""
+    result = rewritten("hf_siglip", "tome:r=8,layers=[0]", torch.float32)
+    args, kwargs = FAMILIES["hf_siglip"].inputs(3)
+    expected, got = (run(one, (args, kwargs)) for one in (result, replace(result, graph=inlined(result.graph))))
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def inlined(graph):
+    return graph.with_program(inline_ops(inline_ops(graph.program, called={"merge_tokens"})))
