@@ -222,7 +222,8 @@ def _report(prepared: Prepared, result: Result, recipe: Recipe) -> Report:
     from .ledger import ledger
 
     graph, call = prepared.graph, prepared.call
-    skipped = [site for site in graph.sites if site.role != "stream"]
+    told = {outcome.site for outcome in result.outcomes}
+    skipped = [site for site in graph.sites if site.role != "stream" and site.node not in told]
     return Report(
         name=graph.name,
         passes=recipe.passes,

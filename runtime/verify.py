@@ -32,15 +32,14 @@ def drift(original: Any, result: Any, mask: Tensor | None = None, token_axes: Ma
     Raises:
         InputMismatch: the two are not nested alike.
     """
-    before, spec = pytree.tree_flatten_with_path(original)
+    before, spec = _named(original)
     after, other = pytree.tree_flatten(result)
     if len(after) != len(before):
         rule = f"the original's structure {spec}"
         raise InputMismatch(where="outputs", rule=f"must have {rule}", got=other, hint="compare outputs of one model.")
     per_output: dict[str, float] = {}
     cosines, top1, left_out, rows = [1.0], None, {}, 0
-    for index, ((path, y0), y1) in enumerate(zip(before, after, strict=True)):
-        name = pytree.keystr(path).strip("[]'\".") or "output"
+    for index, ((name, y0), y1) in enumerate(zip(before, after, strict=True)):
         if not isinstance(y0, Tensor) or not y0.is_floating_point() or y0.ndim == 0:
             continue
         if y0.shape != y1.shape:
@@ -55,6 +54,16 @@ def drift(original: Any, result: Any, mask: Tensor | None = None, token_axes: Ma
         if _looks_like_logits(name, y0, len(before)):
             top1 = float((y0.argmax(1) == y1.argmax(1)).double().mean())
     return Drift(max(per_output.values(), default=0.0), min(cosines), top1, rows, per_output, left_out)
+
+
+def _named(outputs: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Each output with its name, and how they are nested."""
+    try:
+        found, spec = pytree.tree_flatten_with_path(outputs)
+    except ValueError:  # a class of outputs (those of diffusers) need not say what its parts are called
+        leaves, spec = pytree.tree_flatten(outputs)
+        return [(str(index) if len(leaves) > 1 else "output", leaf) for index, leaf in enumerate(leaves)], spec
+    return [(pytree.keystr(path).strip("[]'\".") or "output", leaf) for path, leaf in found], spec
 
 
 def combine(drifts: Sequence[Drift]) -> Drift:

@@ -107,3 +107,15 @@ def test_calls_combine() -> None:
 
 def test_token_outputs_share_the_length_symbol() -> None:
     assert token_axes_of(toy_graph().program, "attention_mask") == {1: 1}
+
+
+class Named(tuple):
+    """A class of outputs that says how it is taken apart, and not what its parts are called."""
+
+
+torch.utils._pytree.register_pytree_node(Named, lambda one: (list(one), None), lambda parts, _: Named(parts))
+
+
+def test_outputs_without_names_are_numbered() -> None:
+    assert drift(Named((ROWS,)), Named((ROWS,))).outputs == {"output": 0.0}
+    assert drift(Named((ROWS, ROWS)), Named((ROWS, 2 * ROWS))).outputs == {"0": 0.0, "1": 1.0}
