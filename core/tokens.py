@@ -138,6 +138,14 @@ class Tokens:
         return self._tensors["values"]()
 
     @cached_property
+    def normed(self) -> Tensor:
+        """[B, N, C]: the hidden state as the projections of this layer's attention read it, behind a pre-norm's norm.
+
+        Raises AttributeError where keys are not made from it by a linear layer; see `capture.projections`.
+        """
+        return self._tensors["normed"]()
+
+    @cached_property
     def positions(self) -> Tensor:
         """[B, N] int64: rank of each token's leader among the row's original real tokens."""
         return self._tensors["positions"]()

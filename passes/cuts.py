@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..capture.masks import HIDDEN
+from ..capture.projections import projected
 from ..errors import MethodFailed, TamisError, TokenShapeConflict, TooManyRemoved
 from ..graph import Layer, Site, TokenGraph, shape_text
 from ..rewrite import Outcome
@@ -149,6 +150,7 @@ class CutRunner:
         rotated = {"keys_before_rope": lambda: self._at_site(site.k_before_rope, site.rope_axes)}
         return Tokens(
             hidden=hidden,
+                "normed": lambda: self._normed(site),
             rule=rule,
             out=out,
             prefix=self.graph.prefix,
@@ -173,12 +175,22 @@ class CutRunner:
 
     def _at_site(self, name: str, axes: tuple[int, ...] = (0, 1, 2, 3)) -> Tensor:
         """A tensor [B, H, N, D] of the site just passed at the current token count; `axes`: where its node has them."""
-        node, state = self.graph.node(name), self._state
+        return self._now(self.graph.node(name), 2, axes)
+
+    def _normed(self, site: Site) -> Tensor:
+        """[B, N, C] what the projections of a site read."""
+        source = projected(self.graph.node(site.k))
+        if source is None:
+            raise AttributeError("keys of this attention are not made by one linear layer of the hidden state")
+        return self._now(source, 1)
+
+    def _now(self, node: fx.Node, dim: int, axes: tuple[int, ...] | None = None) -> Tensor:
+        """The value of a node at the current token count; `dim`: its token axis, once its axes are in order."""
         value: Tensor = self.interpreter.env[node]
-        mark = self.interpreter.marks.get(node)
+        mark, state = self.interpreter.marks.get(node), self._state
         epoch = mark.epoch if isinstance(mark, Axes) else 0
-        value = value if axes == (0, 1, 2, 3) else value.permute(axes)
-        return value if epoch == state.epoch else state.gather(value, 2, 0, epoch)
+        value = value if axes is None or axes == tuple(range(len(axes))) else value.permute(axes)
+        return value if epoch == state.epoch else state.gather(value, dim, 0, epoch)
 
     def _attention(self, site: Site) -> Attention:
         if site.softcap is not None:

@@ -96,7 +96,7 @@ class Made:
 
     def stream(self, method: TokenReduction) -> Stream:
         """The oracle's stream right behind attention."""
-        one = Exact([method], LAYERS, self.prefix, self.valid, self.grid, sizes=self.sizes)
+        one = Exact([method], LAYERS, self.prefix, self.valid, self.grid, sizes=self.sizes, normed=self.x)
         return one.passed(self.q, self.k, self.v, WIDTH**-0.5)
 
     def tokens(self, method: TokenReduction) -> Tokens:

@@ -41,6 +41,7 @@ class Stream:
     counts: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, before, after) of every reduction
     plans: list[Plan] = field(default_factory=list)
     last: Tensor | None = None  # [B, N0, C] what every original token was when a method that passes it by took it out
+    normed: Tensor | None = None
     _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
     _raw_keys: Tensor | None = None
     _bias: Tensor | float = 0.0
@@ -58,13 +59,15 @@ class Stream:
         *,
         raw_keys: Tensor | None = None,
         bias: Tensor | float = 0.0,
+        normed: Tensor | None = None,
     ) -> Tensor:
         """softmax(q k^T * scale + bias) v, heads joined; [B, H, N, D] each -> [B, N, H * D].
 
         raw_keys  keys before rotary position embedding, where the model has it
         bias      [B, H, N, N] of the tokens of now (see `pairs`)
+        normed    [B, N, C] what q, k and v were projected from
         """
-        self._qkv, self._raw_keys, self._bias = (q, k, v, scale), raw_keys, bias
+        self._qkv, self._raw_keys, self._bias, self.normed = (q, k, v, scale), raw_keys, bias, normed
         return (self._probabilities() @ v).transpose(1, 2).flatten(2)
 
     def _probabilities(self) -> Tensor:
@@ -142,6 +145,7 @@ class Stream:
                 "keys": lambda: self._now()[1],
                 "keys_before_rope": lambda: self._now()[1] if self._raw_keys is None else self._raw_keys,
                 "values": lambda: self._now()[2],
+                "normed": lambda: self.normed,
                 "positions": lambda: self._positions(x),
                 "places": lambda: self._places(x),
                 "source": lambda: self._source_now(x),

@@ -21,7 +21,7 @@ def post_norm_block(stream: Stream, layer: int, x: Tensor, mix: Apply, norm: App
 def attend(stream: Stream, x: Tensor, query: Apply, key: Apply, value: Apply, size: int, **options: Any) -> Tensor:
     """Attention of projections into heads of `size` channels; scale 1/sqrt(size) unless said otherwise."""
     q, k, v = (proj(x).reshape(*x.shape[:2], -1, size).transpose(1, 2) for proj in (query, key, value))
-    return stream.attend(q, k, v, options.pop("scale", size**-0.5), **options)
+    return stream.attend(q, k, v, options.pop("scale", size**-0.5), normed=x, **options)
 
 
 def started(model: Any, family: Any, methods: Any, layers: int, mask: Tensor | None, **options: Any) -> Stream:

@@ -27,7 +27,7 @@ def _attention(attn: Any, x: Tensor, stream: Stream) -> Tensor:
     query, key, value = attn.qkv(x).chunk(3, dim=-1)
     heads = [t.reshape(batch, count, attn.num_heads, attn.head_dim).transpose(1, 2) for t in (query, key, value)]
     q, k, v = attn.q_norm(heads[0]), attn.k_norm(heads[1]), heads[2]
-    return attn.proj(stream.attend(q, k, v, attn.head_dim**-0.5))
+    return attn.proj(stream.attend(q, k, v, attn.head_dim**-0.5, normed=x))
 
 
 def _head(model: Any, x: Tensor, stream: Stream) -> Tensor:
