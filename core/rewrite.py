@@ -116,6 +116,16 @@ class Pass(metaclass=PassType):
 
     def __post_init__(self) -> None:
         """Check the parameters; subclasses extend it."""
+        self._check_switches()
+
+    def _check_switches(self) -> None:
+        """Parameters whose default is a bool or an int take only that."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, bool | int) and type(value) is not type(f.default):
+                rule = "true or false" if isinstance(f.default, bool) else "a whole number"
+                hint = f"its default is {str(f.default).lower()}."
+                raise BadParameter(where=self.name, name=f.name, rule=rule, got=repr(value), hint=hint)
 
     def why_not(self, graph: TokenGraph) -> str:
         """Why this pass cannot apply anywhere in the graph; "" when it can."""
