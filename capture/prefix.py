@@ -13,6 +13,7 @@ from .masks import user_inputs
 from .sizes import same
 
 aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv2d.default, aten.convolution.default)
 
 
 def find_prefix(program: ExportedProgram, start: fx.Node, end: fx.Node) -> tuple[int, bool]:
@@ -33,10 +34,20 @@ def find_grid(start: fx.Node, prefix: int) -> tuple[int, int] | None:
     tokens = start.meta["val"].shape[1]
     for node in ancestors(start):
         value = node.meta.get("val")
-        if node.target in (aten.conv2d.default, aten.convolution.default) and isinstance(value, torch.Tensor):
+        if node.target in CONVOLUTIONS and isinstance(value, torch.Tensor):
             rows, columns = value.shape[-2:]
             if all(isinstance(x, int) for x in (rows, columns, tokens)) and rows * columns == tokens - prefix:
                 return int(rows), int(columns)
+    return None
+
+
+def image_size(program: ExportedProgram) -> tuple[int, int] | None:
+    """Rows and columns of what the first convolution makes of the model's input; None without one, or if they vary."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.target in CONVOLUTIONS and isinstance(value, torch.Tensor):
+            rows, columns = value.shape[-2:]
+            return (int(rows), int(columns)) if isinstance(rows, int) and isinstance(columns, int) else None
     return None
 
 
