@@ -17,15 +17,18 @@ PRIME = 2**31 - 1
 _ROUNDS = (0, 1134348657, 745910581)  # constants with no meaning that break the symmetry of equal rounds
 
 
-def hash_scores(ranks: Tensor, seed: int, layer: int) -> Tensor:
+def hash_scores(ranks: Tensor, seed: int, layer: int, row: Tensor | None = None) -> Tensor:
     """ranks int64 of any shape in [0, 2^31 - 1) -> int64 of the same shape in [0, 2^31 - 1), all different.
+
+    row  int64 that broadcasts to `ranks`: another draw for each of its values
 
     Seeds that are equal modulo 2^31 - 1 give the same scores.  No errors; exact.
     """
-    return _permute(ranks, _permute(_permute(seed % PRIME, 1) + layer, 2))
+    key = _permute(_permute(seed % PRIME, 1) + layer, 2)
+    return _permute(ranks, key if row is None else _permute(row, key))
 
 
-def _permute(x: Any, key: int) -> Any:
+def _permute(x: Any, key: Any) -> Any:
     for constant in _ROUNDS:
         x = (x + (key + constant) % PRIME) % PRIME
         square = x * x % PRIME

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,12 +87,34 @@ def next_valid(tokens: Tokens) -> Tensor | None:
     return torch.ops.tamis.valid_slots(tokens.valid, tokens.out, tokens.prefix, tokens.rule.flat())
 
 
+def weighted_up(tokens: Tokens, plan: Plan) -> Plan:
+    """A plan that drops tokens, whose kept ones count for the dropped: of T unprotected, k stay with T/k times their size.
+
+    Where every token is as likely to stay, sums over tokens are then on average what they were.
+    """
+    count = _real_count(tokens)
+    free, kept = count - tokens.prefix, count - tokens.prefix - tokens.rule.removed(count)
+    factor = free / max(kept, 1) if isinstance(count, int) else free.float() / kept.clamp(min=1).float()
+    unit = torch.ones(plan.slot.shape, device=plan.slot.device) if tokens.sizes is None else tokens.sizes
+    place = torch.arange(plan.leader.shape[1], device=plan.slot.device)
+    sizes = unit.gather(1, plan.leader) * torch.where(place < tokens.prefix, 1.0, factor)
+    return replace(plan, sizes=sizes if plan.valid is None else torch.where(plan.valid, sizes, 0.0))
+
+
 def _kept_weigh_one(tokens: Tokens, slot: Tensor, weight: Tensor | None) -> Tensor:
     """The fused token sums with its weights; a kept token is itself."""
     assert weight is not None
-    n = tokens.hidden.shape[1] if tokens.valid is None else tokens.valid.sum(1, dtype=torch.int64).unsqueeze(1)
-    if isinstance(n, torch.SymInt):  # comparing it would bake the example's answer into the graph
-        n = torch.full((1, 1), n, dtype=torch.int64, device=slot.device)
-    out = tokens.rule.out(n)
-    fused = (slot == out - 1) & (tokens.rule.removed(n) > 0)
+    n = _real_count(tokens)
+    fused = (slot == tokens.rule.out(n) - 1) & (tokens.rule.removed(n) > 0)
     return torch.where(fused, weight.float(), 1.0)
+
+
+def _real_count(tokens: Tokens) -> Any:
+    """Real tokens of each row: a number where it is known, else int64 [B, 1] or [1, 1]."""
+    if tokens.valid is not None:
+        return tokens.valid.sum(1, dtype=torch.int64).unsqueeze(1)
+    count = tokens.hidden.shape[1]
+    if isinstance(count, int):
+        return count
+    # a tensor, because comparing a symbol would bake the example's answer into the graph
+    return torch.full((1, 1), count, dtype=torch.int64, device=tokens.hidden.device)

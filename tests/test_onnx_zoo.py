@@ -27,6 +27,8 @@ CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].
 CASES += [(name, "pitome:keep_ratio=0.8,margin=0.5,bsm=[0]") for name in ("vit_small", "bert")]
 CASES += [("bert", "tofu:keep_ratio=0.8,switch=1")]
 CASES += [(name, "ats:keep_ratio=0.8,layers=[0,1]") for name in ("vit_small", "deit_distilled", "dinov2_reg4", "bert")]
+CASES += [("deit_distilled", "pool:window=3,layers=[0]")]
+CASES += [("deit_distilled", "random:keep_ratio=0.6,layers=[0,1],draw=stratified,prop_attn=true")]
 BUDGET = 1e-4
 
 
