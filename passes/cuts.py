@@ -86,7 +86,7 @@ class CutRunner:
         if why := method.why_not_at(tokens):
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
             return hidden
-        plan = self._plan(method, tokens, layer)
+        plan = plan_of(method, tokens)
         plan = in_order(plan) if self.graph.hides_later else plan
         if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
             raise MethodFailed(
@@ -107,8 +107,8 @@ class CutRunner:
                 site.node,
                 True,
                 "; ".join(filter(None, said)),
-                _count_text(count),
-                _count_text(out),
+                count_text(count),
+                count_text(out),
                 rule,
             )
         )
@@ -130,20 +130,6 @@ class CutRunner:
         if r > most:
             where = f"{method.name} at layer {layer.index} ({site.module or site.node})"
             raise TooManyRemoved(where=where, r=r, tokens=count, protected=self.graph.prefix, most=most)
-
-    def _plan(self, method: TokenReduction, tokens: Tokens, layer: Layer) -> Plan:
-        try:
-            return method.plan(tokens)
-        except TamisError:
-            raise
-        except Exception as error:
-            raise MethodFailed(
-                where=f"layer {layer.index}",
-                method=method,
-                shape=shape_text(tokens.hidden),
-                reason=f"{type(error).__name__}: {error}",
-                hint="a method is traced: plain torch, no branch on data.",
-            ) from error
 
     def _tokens(self, method: TokenReduction, hidden: Tensor, rule: Any, out: Any, layer: Layer, site: Site) -> Tokens:
         state = self._state
@@ -245,6 +231,23 @@ class CutRunner:
         )
 
 
+def plan_of(method: Any, tokens: Tokens) -> Plan:
+    """What a method decides for these tokens; an error of its own is answered with where it was asked."""
+    try:
+        plan: Plan = method.plan(tokens)
+    except TamisError:
+        raise
+    except Exception as error:
+        raise MethodFailed(
+            where=f"layer {tokens.layer}",
+            method=method,
+            shape=shape_text(tokens.hidden),
+            reason=f"{type(error).__name__}: {error}",
+            hint="a method is traced: plain torch, no branch on data.",
+        ) from error
+    return plan
+
+
 def _without_later(mask: Tensor | None, index: Tensor, keys: Tensor) -> Tensor:
     """The mask [., ., R, N] of the tokens at index [B, R], who see no later token."""
     seen = (torch.arange(keys.shape[2], device=keys.device) <= index.unsqueeze(-1)).unsqueeze(1)
@@ -264,5 +267,6 @@ def real_tokens(mask: Tensor) -> Tensor:
     return seen.select(1, 0) if seen.dim() == 3 else seen
 
 
-def _count_text(count: Any) -> Any:
+def count_text(count: Any) -> Any:
+    """A count as outcomes have it: a number, or the name of a symbol."""
     return count if isinstance(count, int) else str(count)
