@@ -136,7 +136,6 @@ class CutRunner:
         rotated = {"keys_before_rope": lambda: self._at_site(site.k_before_rope, site.rope_axes)}
         return Tokens(
             hidden=hidden,
-                "normed": lambda: self._normed(site),
             rule=rule,
             out=out,
             prefix=self.graph.prefix,
@@ -151,6 +150,7 @@ class CutRunner:
                 "queries": lambda: self._at_site(site.q),
                 "keys": lambda: self._at_site(site.k),
                 "values": lambda: self._at_site(site.v),
+                "normed": lambda: self._normed(site),
                 "positions": state.positions,
                 "places": lambda: state.places(self.graph.prefix),
                 "source": lambda: token_map(state, hidden, state.valid),
