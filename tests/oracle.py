@@ -125,7 +125,21 @@ class Stream:
             self.last = self.restore(x)
         x = apply_plan(plan, x)
         self._compose(plan, tracks=method.tracks_sizes)
+        self._follow(plan)
         return x
+
+    def _follow(self, plan: Plan) -> None:
+        """Another method at the same place sees the queries, keys and values of the leaders."""
+        if self._qkv is None:
+            return
+        q, k, v, scale = self._qkv
+        q, k, v = (_rows_of(plan.leader, x) for x in (q, k, v))
+        self._qkv = q, k, v, scale
+        self._raw_keys = None if self._raw_keys is None else _rows_of(plan.leader, self._raw_keys)
+        self.normed = None if self.normed is None else _rows_of(plan.leader, self.normed[:, None])[:, 0]
+        if isinstance(self._bias, Tensor):
+            rows = self._bias.expand(len(plan.leader), *self._bias.shape[1:])
+            self._bias = _rows_of(plan.leader, _rows_of(plan.leader, rows).transpose(2, 3)).transpose(2, 3)
 
     def _view(self, method: TokenReduction, rule: Any, layer: int, x: Tensor) -> Tokens:
         return Tokens(
@@ -239,6 +253,11 @@ class Stream:
         weight = weight if self.valid is None else weight * self.valid
         weight = weight[:, self.prefix :, None].to(x.dtype)
         return (x[:, self.prefix :] * weight).sum(1) / weight.sum(1)
+
+
+def _rows_of(index: Tensor, x: Tensor) -> Tensor:
+    """The tokens at index [B, S] of x [B, H, N, D]: [B, H, S, D]."""
+    return torch.stack([heads[:, row] for heads, row in zip(x, index, strict=True)])
 
 
 def one_hot(plan: Plan) -> Tensor:

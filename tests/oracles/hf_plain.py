@@ -1,8 +1,8 @@
-"""transformers' plain encoders: DINOv2, DeiT, ViTMAE, VideoMAE, AST, the Whisper encoder and DPT's backbone."""
+"""transformers' plain encoders: DINOv2, DeiT, ViTMAE, VideoMAE, AST and the Whisper encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,9 +29,12 @@ def hf_plain(model: Any, family: Any, methods: Any, **inputs: Tensor) -> Answer:
 NAMES = ("dinov2", "deit", "videomae", "vit", "audio_spectrogram_transformer")
 
 
-def states(stream: Stream, blocks: Any, x: Tensor) -> Iterator[Tensor]:
-    """The stream after every block."""
+def states(
+    stream: Stream, blocks: Any, x: Tensor, between: Callable[[int, Tensor], Tensor] = lambda _, x: x
+) -> Iterator[Tensor]:
+    """The stream after every block; `between` is what the model does to it before a block."""
     for layer, block in enumerate(blocks):
+        x = between(layer, x)
         norms = [getattr(block, a, None) or getattr(block, b) for a, b in zip(BEFORE, AFTER, strict=True)]
         scales = [getattr(block, name, nn.Identity()) for name in ("layer_scale1", "layer_scale2")]
         x = stream.cut("before_attention", layer, x)
@@ -107,14 +110,3 @@ def vit_mae_pretraining(model: Any, family: Any, methods: Any, pixel_values: Ten
     logits = model.decoder(latent, order).logits
     error = (logits - model.patchify(pixel_values)).square().mean(-1)
     return [(error * mask).sum() / mask.sum(), logits, mask, order], stream
-
-
-def dpt(model: Any, family: Any, methods: Any, pixel_values: Tensor) -> Answer:
-    """-> [depth]: neck and head read every block's state, restored as it was then."""
-    body = model.dpt
-    stream = Stream(methods, len(body.encoder.layer), family.prefix)
-    x = body.embeddings(pixel_values)
-    x = getattr(x, "last_hidden_states", x)
-    features = [stream.restore(state) for state in states(stream, body.encoder.layer, x)]
-    size = model.config.image_size // model.config.patch_size
-    return [model.head(model.neck(features, size, size))], stream

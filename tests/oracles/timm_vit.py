@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from oracle import Stream
@@ -12,6 +13,12 @@ def timm_vit(model: Any, family: Any, methods: Any, images: Tensor) -> tuple[lis
     """Images [B, 3, H, W] -> [head output [B, K]]."""
     grid = tuple(map(int, model.patch_embed.grid_size))
     stream = Stream(methods, len(model.blocks), family.prefix, grid=grid)
+    *_, x = blocks_of(model, stream, images)
+    return [_head(model, model.norm(x), stream)], stream
+
+
+def blocks_of(model: Any, stream: Stream, images: Tensor) -> Iterator[Tensor]:
+    """The stream after every block."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     for layer, block in enumerate(model.blocks):
         x = stream.cut("before_attention", layer, x)
@@ -19,7 +26,7 @@ def timm_vit(model: Any, family: Any, methods: Any, images: Tensor) -> tuple[lis
         x = stream.cut("after_attention", layer, x)
         x = x + block.ls2(block.mlp.fc2(block.mlp.act(block.mlp.fc1(block.norm2(x)))))
         x = stream.cut("after_block", layer, x)
-    return [_head(model, model.norm(x), stream)], stream
+        yield x
 
 
 def _attention(attn: Any, x: Tensor, stream: Stream) -> Tensor:
