@@ -1,0 +1,180 @@
+"""Re-execution with fewer tokens inside some regions of the graph and all of them everywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.traceback import set_current_meta
+
+from ..counts import CountRule
+from ..errors import PositionRead
+from ..graph import Mask, TokenGraph
+from ..rewrite import Options, Outcome
+from ..tokens import Plan, Tokens
+from .cuts import count_text, plan_of, real_tokens
+from .interpreter import Mark, ReductionInterpreter
+from .outputs import restored_output
+from .stream_state import StreamState
+from .sub_layers import Place, SubLayerReduction
+from .token_axes import Axes
+
+
+@dataclass(eq=False)
+class Block:
+    """A block whose sub-layers share one plan, made from what enters it.
+
+    start  the value [B, N, C] that enters;  mask  that of its self-attention, which knows padding
+    """
+
+    method: SubLayerReduction
+    place: Place
+    rule: CountRule
+    start: fx.Node
+    mask: Mask
+    plan: Plan | None = None
+    valid: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Region:
+    """Nodes that run on fewer tokens.
+
+    inside   the nodes, from the first behind the entries to the exit
+    entries  values [B, N, C] outside of it, which enter it reduced
+    exit     the value [B, N, C] that leaves it at full length
+    site     what outcomes call it: the node of its attention, or the exit
+    passes   value [B, N, C] that dropped tokens leave with; None: zeros
+    """
+
+    block: Block
+    kind: str
+    inside: set[fx.Node]
+    entries: tuple[fx.Node, ...]
+    exit: fx.Node
+    site: str
+    passes: fx.Node | None = None
+    state: StreamState | None = None
+    reduced: dict[fx.Node, Tensor] = field(default_factory=dict)
+    done: list[fx.Node] = field(default_factory=list)
+    given_up: str = ""
+
+
+class NeedsAll(Exception):
+    """Something inside a region cannot do without all tokens."""
+
+
+class RegionInterpreter(ReductionInterpreter):
+    """Runs the original graph; every region has a stream state of its own, and other nodes know of none."""
+
+    def __init__(self, graph: TokenGraph, regions: list[Region], options: Options) -> None:
+        super().__init__(graph, {}, options)
+        self.regions = regions
+        self.region_of = {node: region for region in regions for node in region.inside}
+        self.starts: dict[fx.Node, list[Block]] = {}
+        for block in dict.fromkeys(region.block for region in regions):
+            self.starts.setdefault(block.start, []).append(block)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, inside its region if it is in one; then make the plans of the blocks that start at it."""
+        if n.op == "output":
+            return self._outputs(n)
+        region = self.region_of.get(n)
+        with set_current_meta(n):
+            value = self._plain(n) if region is None or region.given_up else self._run_inside(n, region)
+            value = self.cuts.at(n, value)
+            for block in self.starts.get(n, ()):
+                self._make_plan(block, value)
+        return value
+
+    def _plain(self, n: fx.Node) -> Any:
+        return fx.Interpreter.run_node(self, n)
+
+    def _make_plan(self, block: Block, hidden: Tensor) -> None:
+        place, rule = block.place, block.rule
+        block.valid = real_tokens(self.value_of(block.mask.node)) if block.mask.padded and block.mask.node else None
+        state = StreamState(hidden.shape[0], hidden.shape[1], block.valid, hidden.device)
+        tokens = Tokens(
+            hidden=hidden,
+            rule=rule,
+            out=torch.ops.tamis.token_count(hidden, 1, place.prefix, rule.flat()),
+            prefix=place.prefix,
+            layer=place.index,
+            layers=place.blocks,
+            valid=block.valid,
+            grid=block.method.grid_of(place),
+            _tensors={"positions": state.positions},
+        )
+        block.plan = plan_of(block.method, tokens)
+
+    def _run_inside(self, n: fx.Node, region: Region) -> Any:
+        """Run a node with the region's entries reduced; where that fails, the region is given up."""
+        if region.state is None:
+            self._enter(region)
+        full = {entry: self.env[entry] for entry in region.entries}
+        self.env.update(region.reduced)
+        self.marks.update(dict.fromkeys(region.entries, Axes((1,), 0, 1)))
+        self.state, self.cuts.last = region.state, (str(region.block.method), region.block.place.index)
+        reason = ""
+        try:
+            marked = any(self.marks.get(a) for a in n.all_input_nodes)
+            value, mark = self._run_marked(n) if marked else (self._plain(n), None)
+            value = self._leave(region, value, mark) if n is region.exit else value
+        except (NeedsAll, PositionRead) as need:
+            reason = f"{n.name} needs all tokens: {need}" if isinstance(need, NeedsAll) else str(need).split("\n")[0]
+        finally:
+            self.env.update(full)
+            for entry in region.entries:
+                del self.marks[entry]
+            self.state = None
+        if reason:
+            return self._give_up(region, n, reason)
+        self.marks[n] = mark
+        region.done.append(n)
+        return value
+
+    def _enter(self, region: Region) -> None:
+        plan, valid = region.block.plan, region.block.valid
+        assert plan is not None
+        first, *others = (self.env[entry] for entry in region.entries)
+        region.state = StreamState(first.shape[0], first.shape[1], valid, first.device)
+        values = [region.state.advance(first, plan, size_bias=False)]
+        values += [region.state.reduce(value, plan) for value in others]
+        region.reduced = dict(zip(region.entries, values, strict=True))
+
+    def _leave(self, region: Region, value: Tensor, mark: Mark) -> Tensor:
+        if not isinstance(mark, Axes) or mark.dims != (1,) or mark.batch != 0 or mark.start:
+            raise NeedsAll("its tokens are not all in axis 1")
+        assert region.state is not None
+        whole: Tensor = restored_output(value, mark, region.state)
+        if region.passes is None:
+            return whole
+        plan = region.block.plan
+        assert plan is not None
+        return torch.where((plan.slot >= 0).unsqueeze(-1), whole, self.env[region.passes])
+
+    def _give_up(self, region: Region, n: fx.Node, reason: str) -> Any:
+        """Run what of a region has run once more, with all tokens; what it made before is used by nothing."""
+        region.given_up = reason
+        for node in region.done:
+            self.marks.pop(node, None)
+            self.env[node] = self._plain(node)
+        return self._plain(n)
+
+    def _run_restored(self, n: fx.Node, reason: str) -> tuple[Any, Mark]:
+        raise NeedsAll(reason)
+
+    def _refuse_opaque(self, n: fx.Node) -> None:
+        """What has no form in torch has no rule either: its region is given up."""
+
+    def outcome_of(self, region: Region) -> Outcome:
+        """What happened to a region."""
+        block = region.block
+        name, index = str(block.method), block.place.index
+        if region.given_up:
+            return Outcome(name, index, region.site, False, region.given_up)
+        assert block.plan is not None
+        counts = count_text(block.place.tokens), count_text(block.plan.out)
+        return Outcome(name, index, region.site, True, "", *counts, block.rule, inside=region.kind)
