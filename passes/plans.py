@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels as kernels  # registers the ops
+from ..counts import CountRule, at_most
 from ..tokens import Plan, Tokens
 
 
@@ -65,6 +66,23 @@ def sample_plan(tokens: Tokens, weights: Tensor, points: int = 0) -> Plan:
     return Plan(slot, leader, tokens.out, valid=valid, counts_sizes=False, drops=True, ragged=True)
 
 
+def places(tokens: Tokens, scores: Tensor) -> Tensor:
+    """[B, N] int64: place of each token with the protected ones in front and others by falling score; -1: padding."""
+    none = CountRule(tokens.prefix, (at_most(0),)).flat()
+    every = tokens.hidden.shape[1]
+    return torch.ops.tamis.select_tokens(scores, tokens.valid, every, tokens.prefix, none, "score", False)[0]
+
+
+def real_count(tokens: Tokens) -> int | Tensor:
+    """Real tokens of a row: a number where all have as many, known ones, else [B, 1] or [1, 1] int64."""
+    if tokens.valid is not None:
+        return tokens.valid.sum(1, keepdim=True)
+    count: Any = tokens.hidden.shape[1]
+    if isinstance(count, torch.SymInt):  # comparing it would bake the example's answer into the graph
+        return torch.full((1, 1), count, dtype=torch.int64, device=tokens.hidden.device)
+    return count
+
+
 def survivors(plan: Plan) -> Plan:
     """The same slots, each with its leader alone: the tokens that would join them are dropped, and sizes stay."""
     position = torch.arange(plan.slot.shape[1], device=plan.slot.device)
@@ -88,13 +106,13 @@ def next_valid(tokens: Tokens) -> Tensor | None:
 
 
 def weighted_up(tokens: Tokens, plan: Plan) -> Plan:
-    """A plan that drops tokens, whose kept ones count for the dropped: of T unprotected, k stay with T/k times their size.
+    """A plan that drops tokens, whose kept ones count for the others: of T unprotected k stay, at T/k times their size.
 
     Where every token is as likely to stay, sums over tokens are then on average what they were.
     """
-    count = _real_count(tokens)
+    count = real_count(tokens)
     free, kept = count - tokens.prefix, count - tokens.prefix - tokens.rule.removed(count)
-    factor = free / max(kept, 1) if isinstance(count, int) else free.float() / kept.clamp(min=1).float()
+    factor = free / max(kept, 1) if isinstance(kept, int) else free / kept.clamp(min=1)
     unit = torch.ones(plan.slot.shape, device=plan.slot.device) if tokens.sizes is None else tokens.sizes
     place = torch.arange(plan.leader.shape[1], device=plan.slot.device)
     sizes = unit.gather(1, plan.leader) * torch.where(place < tokens.prefix, 1.0, factor)
@@ -104,17 +122,6 @@ def weighted_up(tokens: Tokens, plan: Plan) -> Plan:
 def _kept_weigh_one(tokens: Tokens, slot: Tensor, weight: Tensor | None) -> Tensor:
     """The fused token sums with its weights; a kept token is itself."""
     assert weight is not None
-    n = _real_count(tokens)
+    n = real_count(tokens)
     fused = (slot == tokens.rule.out(n) - 1) & (tokens.rule.removed(n) > 0)
     return torch.where(fused, weight.float(), 1.0)
-
-
-def _real_count(tokens: Tokens) -> Any:
-    """Real tokens of each row: a number where it is known, else int64 [B, 1] or [1, 1]."""
-    if tokens.valid is not None:
-        return tokens.valid.sum(1, dtype=torch.int64).unsqueeze(1)
-    count = tokens.hidden.shape[1]
-    if isinstance(count, int):
-        return count
-    # a tensor, because comparing a symbol would bake the example's answer into the graph
-    return torch.full((1, 1), count, dtype=torch.int64, device=tokens.hidden.device)

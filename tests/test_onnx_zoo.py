@@ -76,6 +76,7 @@ def test_onnx_runtime_equals_torch_at_another_batch_and_length(name: str, method
         "BipartiteMatch",
         "BipartiteMatchMasked",
         "EnergyMatch",
+        "MergeTokens",
         "SampleTokens",
         "SelectTokens",
         "SelectTokensMasked",

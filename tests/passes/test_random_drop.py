@@ -146,9 +146,7 @@ def test_a_draw_goes_by_the_grid_that_a_pool_left():
 
 @pytest.mark.parametrize("draw", ["stratified", "radial"])
 def test_without_a_grid_only_single_tokens_are_drawn(draw):
-    with pytest.raises(
-        NothingChanged, match=f"its {draw} draw goes by the grid of patch tokens"
-    ):
+    with pytest.raises(NothingChanged, match=f"its {draw} draw goes by the grid of patch tokens"):
         rewritten("bert", f"random:r=1,draw={draw}")
 
 
