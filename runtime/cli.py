@@ -115,6 +115,11 @@ def _add_proof(group: Any) -> None:
     )
     group.add_argument("--bench", action="store_true", help="time it against the original (exit 5 when slower)")
     group.add_argument("--report", metavar="FILE.json", help="write the report")
+    group.add_argument(
+        "--draw",
+        metavar="FILE.png",
+        help="draw where the tokens of an image went: the first of --verify, or the example",
+    )
 
 
 def _add_talk(group: Any) -> None:
@@ -195,6 +200,8 @@ def _check_usage(options: argparse.Namespace) -> None:
         raise WrongUsage(problem="no model was given", hint="optimize-model INPUT --pass NAME:ARGS, or --help.")
     if options.report and not options.report.endswith(".json"):
         raise WrongUsage(problem=f"--report {options.report}: only JSON is written", hint="end the name in .json.")
+    if options.draw and not options.draw.endswith(".png"):
+        raise WrongUsage(problem=f"--draw {options.draw}: only PNG is drawn", hint="end the name in .png.")
     if options.native and not (options.output or "").endswith(".pt2"):
         raise WrongUsage(problem="--native makes a .pt2 file, and none is to be written", hint="-o model.pt2")
     if options.quiet and options.verbose:

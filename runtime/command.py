@@ -19,6 +19,7 @@ from ..report import Benchmark
 from .api import build, held_to, prepare
 from .compiled import CompiledModel
 from .files import copy_companions, stem_of, whole_directory, write_text
+from .inputs import Call
 from .options import Options
 from .progress import Progress
 from .request import Request
@@ -97,12 +98,17 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
 
 
 def _drift(compiled: CompiledModel, path: str) -> Any:
-    from .data import calls_of
     from .verify import combine
 
+    return combine([compiled.verify(*args, **kwargs) for args, kwargs in _calls(compiled, path)])
+
+
+def _calls(compiled: CompiledModel, path: str) -> Iterator[Call]:
+    """The rows of a data file as calls of the original."""
+    from .data import calls_of
+
     assert compiled.original is not None
-    calls = calls_of(compiled.original.program, compiled.example_call, path)
-    return combine([compiled.verify(*args, **kwargs) for args, kwargs in calls])
+    return calls_of(compiled.original.program, compiled.example_call, path)
 
 
 def _hold_to_budget(compiled: CompiledModel, request: Request) -> None:
@@ -132,8 +138,18 @@ def _write(compiled: CompiledModel, request: Request, directory: Any, step: Prog
             compiled.recipe.write(content / "recipe.yaml")
             (content / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
             copy_companions(directory, content)
+    if request.draw:
+        step(f"drawing {request.draw}")
+        _draw(compiled, request.draw, request)
     if request.report:
         write_text(Path(request.report), compiled.report.to_json() + "\n", overwrite)
+
+
+def _draw(compiled: CompiledModel, path: Path, request: Request) -> None:
+    """Draw the first row of the data to verify on, or of the example where there is none."""
+    args, kwargs = compiled.example_call if request.verify is None else next(_calls(compiled, request.verify))
+    compiled.draw(path, *args, overwrite=request.overwrite, **kwargs)
+    _note_artifact(compiled, {"path": str(path), "kind": "png"})
 
 
 def _compile_kernels(compiled: CompiledModel, content: Path, step: Progress) -> None:

@@ -16,7 +16,7 @@ from ..graph import TokenGraph
 from ..report import Benchmark, Drift, Report
 from ..target import Target
 from .guard import Guard
-from .inputs import Call, Inputs, describe, mask_of, misfit
+from .inputs import Call, Inputs, called, describe, mask_of, misfit
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class CompiledModel(nn.Module):
 
     def _run(self, which: str, graph: TokenGraph, call: Call) -> Any:
         try:
-            return _called(self._lowered(which, graph), call, self.graph.name)
+            return called(self._lowered(which, graph), call, self.graph.name)
         except (AttributeError, RuntimeError, TypeError, ValueError, InputMismatch) as error:
             found = misfit(graph.program, call)
             if not found:
@@ -102,7 +102,7 @@ class CompiledModel(nn.Module):
         call = self._call(args, kwargs)
         with torch.no_grad():
             before = self.run_original(*call[0], **call[1])
-            after = _called(self._lowered("result", self.graph), call, original.name)
+            after = called(self._lowered("result", self.graph), call, original.name)
         after = after[0] if self.token_map else after
         mask = mask_of(original.program, call)
         if mask is None:
@@ -118,7 +118,7 @@ class CompiledModel(nn.Module):
         """
         original = self._original("run_original")
         with torch.no_grad():
-            return _called(self._lowered("original", original), self._call(args, kwargs), original.name, own=True)
+            return called(self._lowered("original", original), self._call(args, kwargs), original.name, own=True)
 
     def benchmark(self, *args: Any, repeats: int = 7, **kwargs: Any) -> Benchmark:
         """Time original against result on these inputs, A B A B; example inputs when there are none.
@@ -194,6 +194,22 @@ class CompiledModel(nn.Module):
         if native:
             return save_native(self, os.fspath(path), overwrite=overwrite)
         return save_package(self, os.fspath(path), overwrite=overwrite)
+
+    def draw(
+        self, path: str | os.PathLike[str], *args: Any, row: int = 0, overwrite: bool = False, **kwargs: Any
+    ) -> str:
+        """Draw where the tokens of one image went, reduction by reduction, into a .png file.  Returns the path.
+
+        Runs the result on these inputs (the example's when there are none) and shows their row `row`.
+
+        Raises:
+            CannotDraw: no input is an image, its patches are on no grid, nothing is reduced, or no .png is named.
+            MissingDependency, OutputExists, OutputNotWritable.
+        """
+        from .draw import draw
+
+        draw(self, Path(path), self._call(args, kwargs), row, overwrite=overwrite)
+        return os.fspath(path)
 
     def write_kernels(self, directory: str | os.PathLike[str], architecture: str | None = None) -> CrossCompiled:
         """Compile the kernels the model needs on a GPU, which need not be here, into `directory`.
@@ -277,30 +293,6 @@ class CompiledModel(nn.Module):
         self.guard = None if self.guard is None else Guard(self.benchmark)  # what was timed elsewhere says nothing here
         self._adopt_weights()
         return self
-
-
-def _called(module: Any, call: Any, name: str, *, own: bool = False) -> Any:
-    """Call a program; sizes that its guards refuse are the caller's mistake, and said so.
-
-    own  it is the user's own model: whatever it raises is because of the inputs
-    """
-    try:
-        return module(*call[0], **call[1])
-    except Exception as error:
-        rule = str(error).partition("Guard failed: ")[2] if isinstance(error, AssertionError) else ""
-        if rule:
-            hint = (
-                "only batch and sequence length may differ from the example inputs, and length up to the model's limit."
-            )
-            fields = {"rule": f"inputs must satisfy {rule}", "got": "other sizes", "hint": hint}
-        elif own:
-            text = (str(error).splitlines() or [""])[0].rstrip(".")
-            hint = "check token ids against the vocabulary, and sizes and dtypes against what the model takes."
-            got = f"{type(error).__name__}: {text}"
-            fields = {"rule": "the original model must run on these inputs", "got": got, "hint": hint}
-        else:
-            raise
-        raise InputMismatch(where=name, **fields) from error
 
 
 def _shapes(original: TokenGraph, call: Call) -> str:

@@ -209,3 +209,27 @@ def _from_start(old: int, new: int) -> Tensor:
 
 def _from_end(old: int, new: int) -> Tensor:
     return (torch.arange(new) + old - new).clamp(min=0)
+
+
+def called(module: Any, call: Any, name: str, *, own: bool = False) -> Any:
+    """Call a program; sizes that its guards refuse are the caller's mistake, and said so.
+
+    own  it is the user's own model: whatever it raises is because of the inputs
+    """
+    try:
+        return module(*call[0], **call[1])
+    except Exception as error:
+        rule = str(error).partition("Guard failed: ")[2] if isinstance(error, AssertionError) else ""
+        if rule:
+            hint = (
+                "only batch and sequence length may differ from the example inputs, and length up to the model's limit."
+            )
+            fields = {"rule": f"inputs must satisfy {rule}", "got": "other sizes", "hint": hint}
+        elif own:
+            text = (str(error).splitlines() or [""])[0].rstrip(".")
+            hint = "check token ids against the vocabulary, and sizes and dtypes against what the model takes."
+            got = f"{type(error).__name__}: {text}"
+            fields = {"rule": "the original model must run on these inputs", "got": got, "hint": hint}
+        else:
+            raise
+        raise InputMismatch(where=name, **fields) from error

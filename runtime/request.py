@@ -37,6 +37,7 @@ class Request:
     bench: bool
     native: bool
     report: Path | None
+    draw: Path | None
     json: bool
     quiet: bool
     verbose: int
@@ -65,6 +66,7 @@ class Request:
             bench=given.bench,
             native=given.native,
             report=Path(given.report) if given.report else None,
+            draw=Path(given.draw) if given.draw else None,
             json=given.json,
             quiet=given.quiet,
             verbose=given.verbose,
@@ -82,8 +84,8 @@ class Request:
         if not self.check:
             self.output.check(self.overwrite)
             self._check_target()
-            if self.report:
-                check_file(self.report, self.overwrite)
+            for path in filter(None, (self.report, self.draw)):
+                check_file(path, self.overwrite)
 
     def _check_target(self) -> None:
         """Kernels for a named architecture are files beside the model, so they need a directory."""

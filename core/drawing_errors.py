@@ -1,0 +1,10 @@
+"""What can go wrong when a picture of token reduction is drawn."""
+
+from __future__ import annotations
+
+from .errors import TamisError
+
+
+class CannotDraw(TamisError):
+    template = "{where}: no picture can be drawn: {reason}.\n  hint: {hint}"
+    exit_code = 2
