@@ -82,13 +82,18 @@ def test_merging_nothing_changes_nothing(passes):
         ("vit_small", "tomesd:image=[28,28]", "2 times coarser than the image, max_downsample is 1"),
         ("vit_small", "tomesd:image=[10,10]", "lie on no known grid"),
         ("vit_small", "tomesd:sx=15", "holds no cell"),
-        ("bert_no_mask", "tomesd", "no size of the image is known"),
         ("bert", "tomesd", "padding"),
     ],
 )
 def test_why_not(name, passes, reason):
     with pytest.raises(NothingChanged, match=reason):
         Pipeline.parse(passes).run(captured(name))
+
+
+def test_a_model_without_a_convolution_needs_an_image():
+    model, inputs = mixing_block()
+    with pytest.raises(NothingChanged, match="no size of the image is known"):
+        Pipeline.parse("tomesd").run(capture(model.blocks[1], inputs))
 
 
 def test_an_image_of_ones_own():
