@@ -13,6 +13,7 @@ if __name__ == "tamis.kernels":
     from . import dynamic_quantize_linear as dynamic_quantize_linear
     from . import energy_match as energy_match
     from . import hash_scores as hash_scores
+    from . import join_nearest as join_nearest
     from . import match_destinations as match_destinations
     from . import match_keys as match_keys
     from . import matmul_integer as matmul_integer
@@ -23,12 +24,12 @@ if __name__ == "tamis.kernels":
     from . import quantized_attention as quantized_attention
     from . import reduce_tokens as reduce_tokens
     from . import rescale_tokens as rescale_tokens
-    from . import rescale_tokens as rescale_tokens
     from . import restore_tokens as restore_tokens
     from . import sample_tokens as sample_tokens
     from . import select_tokens as select_tokens
     from . import token_count as token_count
     from . import valid_slots as valid_slots
+    from . import weighted_match as weighted_match
     from .gpu import register_for_gpus
 
     register_for_gpus()

@@ -54,7 +54,7 @@ def reference(
 def _match_all(unit: Tensor, out: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every token is real: ranks are positions, and all counts are the same in every row."""
     batch, tokens = unit.shape[:2]
-    first_a, first_b = _first_ranks(prefix)
+    first_a, first_b = first_ranks(prefix)
     a, b = unit[:, first_a::2], unit[:, first_b::2]
     removed = tokens - out
     similarity = _similarity(a, b, None)
@@ -83,7 +83,7 @@ def _merging_first(order: Tensor, removed: int, *, ascending: bool) -> tuple[Ten
 
 def _match_real(unit: Tensor, valid: Tensor, out: int, rule: CountRule) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of different length: pack the real tokens to the front, match by rank, map ranks back to positions."""
-    prefix, (first_a, first_b) = rule.prefix, _first_ranks(rule.prefix)
+    prefix, (first_a, first_b) = rule.prefix, first_ranks(rule.prefix)
     batch, tokens = valid.shape
     rank_of = valid.cumsum(1) - 1
     count = valid.sum(1, keepdim=True)
@@ -111,7 +111,7 @@ def _match_real(unit: Tensor, valid: Tensor, out: int, rule: CountRule) -> tuple
     return slot, leader, ascending(moves, tokens - out, leader[:, :1])
 
 
-def _first_ranks(prefix: int) -> tuple[int, int]:
+def first_ranks(prefix: int) -> tuple[int, int]:
     """Ranks of the first unprotected token of a and of b."""
     return prefix + prefix % 2, prefix + 1 - prefix % 2
 
@@ -236,7 +236,7 @@ def BipartiteMatchMasked(metric, valid, out, slopes, offsets, divisors, prefix: 
 
 def onnx(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list[int]) -> OnnxCall:
     """Calls BipartiteMatch or, with padding, BipartiteMatchMasked."""
-    first_a, first_b = _first_ranks(prefix)
+    first_a, first_b = first_ranks(prefix)
     attributes = {"prefix": prefix, "first_a": first_a, "first_b": first_b}
     if valid is None:
         return OnnxCall(BipartiteMatch, [metric, metric.shape[1], out], attributes)
@@ -246,7 +246,7 @@ def onnx(metric: Tensor, valid: Tensor | None, out: int, prefix: int, rule: list
 def flops(metric: Any, valid: Any, out: int, prefix: int, rule: list[int], **_: Any) -> int:
     """The similarity product: 2 * B * |a| * |b| * D, over unprotected tokens, padding included."""
     batch, tokens, width = metric
-    first_a, first_b = _first_ranks(prefix)
+    first_a, first_b = first_ranks(prefix)
     count_a, count_b = ((max(tokens - first, 0) + 1) // 2 for first in (first_a, first_b))
     return 2 * batch * count_a * count_b * width
 

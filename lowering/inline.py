@@ -24,6 +24,7 @@ CALLED = frozenset(
     {
         "attention_rows",
         "bipartite_match",
+        "join_nearest",
         "merge_tokens",
         "order_slots",
         "reduce_tokens",
@@ -31,6 +32,7 @@ CALLED = frozenset(
         "restore_tokens",
         "select_tokens",
         "valid_slots",
+        "weighted_match",
     }
 )
 

@@ -122,11 +122,11 @@ class CutRunner:
 
     def _check_amount(self, method: TokenReduction, layer: Layer, site: Site, count: int) -> None:
         """r beyond the tokens is an error at the first layer of a method, clamped later."""
-        if method.r is None or str(method) in self._counted:
+        r = method.asked(layer.index, len(self.graph.layers))
+        if r is None or str(method) in self._counted:
             return
         self._counted.add(str(method))
-        rule = method.rule(layer.index, len(self.graph.layers), self.graph.prefix)
-        most, r = most_removable(rule, count), int(method.amount(layer.index, len(self.graph.layers)))
+        most = most_removable(method.rule(layer.index, len(self.graph.layers), self.graph.prefix), count)
         if r > most:
             where = f"{method.name} at layer {layer.index} ({site.module or site.node})"
             raise TooManyRemoved(where=where, r=r, tokens=count, protected=self.graph.prefix, most=most)

@@ -83,6 +83,26 @@ def real_count(tokens: Tokens) -> int | Tensor:
     return count
 
 
+def join_plan(tokens: Tokens, kept: Plan, metric: Tensor, takers: Tensor) -> Plan:
+    """Merge by size every token that a selection dropped into the most similar of the tokens that it kept.
+
+    metric [B, N, D], cosine similarity; takers [B, N] bool, tokens that others may merge into, where they are kept.
+    """
+    offers = kept.slot < 0 if tokens.valid is None else tokens.valid & (kept.slot < 0)
+    takes = takers.gather(1, kept.leader)
+    takes = takes if kept.valid is None else takes & kept.valid
+    slot, _, moved = torch.ops.tamis.join_nearest(metric, kept.slot, kept.leader, offers, takes)
+    return merge_plan(tokens, slot, kept.leader, moved)
+
+
+def ranks(tokens: Tokens) -> Tensor:
+    """[B, N] int64: place of each real token among those of its row, from 0."""
+    if tokens.valid is not None:
+        return tokens.valid.cumsum(1) - 1
+    batch, count = tokens.hidden.shape[:2]
+    return torch.arange(count, device=tokens.hidden.device).expand(batch, count)
+
+
 def survivors(plan: Plan) -> Plan:
     """The same slots, each with its leader alone: the tokens that would join them are dropped, and sizes stay."""
     position = torch.arange(plan.slot.shape[1], device=plan.slot.device)

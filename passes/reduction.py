@@ -7,7 +7,7 @@ the cut the method names.  This base turns `r`, `keep_ratio` and `layers` into a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -56,22 +56,15 @@ class TokenReduction(Pass):
 
     def __post_init__(self) -> None:
         given = (self.r is not None) + (self.keep_ratio is not None)
-        if given != (not self.own_count):
+        if given != (not self.counts_itself):
             rule, hint = "given, one of them", "for example r=8."
-            if self.own_count:
+            if self.counts_itself:
                 rule, hint = "left out", "the method's own parameters say how many tokens stay."
             got = ("neither", "one", "both")[given]
             raise BadParameter(where=self.name, name="r or keep_ratio", rule=rule, got=got, hint=hint)
-        for name, check, rule, hint in (
-            ("r", lambda v: isinstance(v, int) and v >= 0, "whole numbers >= 0", "r is tokens removed per layer."),
-            ("keep_ratio", lambda v: 0 < v <= 1, "in (0, 1]", "keep_ratio is the fraction kept; 0.3 removes 70%."),
-        ):
-            if getattr(self, name) is None:
-                continue
-            schedule = Schedule.of(getattr(self, name), where=self.name, name=name)
-            if not all(map(check, schedule.amounts())):
-                raise BadParameter(where=self.name, name=name, rule=rule, got=schedule, hint=hint)
-            object.__setattr__(self, name, schedule)
+        self._read_counts("r", "r is tokens removed per layer.")
+        hint = "keep_ratio is the fraction kept; 0.3 removes 70%."
+        self._read_schedule("keep_ratio", lambda v: 0 < v <= 1, "in (0, 1]", hint)
         object.__setattr__(self, "layers", read_layers(self.layers, self.name))
         self._check_switches()
 
@@ -84,9 +77,32 @@ class TokenReduction(Pass):
                 hint = f"its default is {str(f.default).lower()}."
                 raise BadParameter(where=self.name, name=f.name, rule=rule, got=repr(value), hint=hint)
 
+    def _read_counts(self, name: str, hint: str) -> None:
+        """A parameter as a schedule of tokens, where it is given."""
+        self._read_schedule(name, lambda v: isinstance(v, int) and v >= 0, "whole numbers >= 0", hint)
+
+    def _read_schedule(self, name: str, check: Callable[[Any], bool], rule: str, hint: str) -> None:
+        """A parameter as a schedule all of whose amounts pass the check, where it is given."""
+        if getattr(self, name) is None:
+            return
+        schedule = Schedule.of(getattr(self, name), where=self.name, name=name)
+        if not all(map(check, schedule.amounts())):
+            raise BadParameter(where=self.name, name=name, rule=rule, got=schedule, hint=hint)
+        object.__setattr__(self, name, schedule)
+
     @abstractmethod
     def plan(self, tokens: Tokens) -> Plan:
         """Decide where each token goes.  Traced: plain torch, no branch on data."""
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The amounts that were given."""
+        return tuple(one for one in (self.r, self.keep_ratio) if one is not None)
+
+    @property
+    def counts_itself(self) -> bool:
+        """Whether parameters as given here say how many tokens stay, so that r and keep_ratio must not."""
+        return self.own_count
 
     @property
     def tracks_sizes(self) -> bool:
@@ -100,19 +116,24 @@ class TokenReduction(Pass):
     def selected(self, layers: int) -> list[int]:
         """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
         chosen = self.default_layers(layers) if self.layers is None else self.layers
-        amount = self.keep_ratio if self.r is None else self.r
-        named = [layer for layer, _ in amount.values] if amount is not None and amount.kind == "table" else []
+        named = [layer for one in self.schedules if one.kind == "table" for layer, _ in one.values]
         chosen_layers(named, layers, self.name)
         return chosen_layers(chosen, layers, self.name)
 
     def amount(self, layer: int, layers: int) -> int | float:
-        """r or keep_ratio at a selected layer; a table speaks of the model's layers, other forms of the selected."""
-        schedule: Schedule = self.keep_ratio if self.r is None else self.r
+        """r or keep_ratio at a selected layer."""
+        return self.at(self.keep_ratio, layer, layers, 1) if self.r is None else self.at(self.r, layer, layers, 0)
+
+    def at(self, schedule: Schedule, layer: int, layers: int, missing: int) -> int | float:
+        """An amount at a selected layer; a table speaks of the model's layers, other forms of the selected."""
         selected = self.selected(layers)
         if schedule.kind == "table":
-            table = dict(schedule.values)
-            return table.get(layer, 1 if self.r is None else 0)
+            return dict(schedule.values).get(layer, missing)
         return schedule.at(selected.index(layer), len(selected))
+
+    def asked(self, layer: int, layers: int) -> int | None:
+        """How many tokens the user wants to leave at a selected layer; None where that is not a number."""
+        return None if self.r is None else int(self.amount(layer, layers))
 
     def rule(self, layer: int, layers: int, prefix: int) -> CountRule:
         """How many tokens leave at a selected layer."""

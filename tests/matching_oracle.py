@@ -1,22 +1,27 @@
-"""Methods that match tokens, by their cards, one token at a time: subclasses whose plans use no op and no helper of ours.
+"""Methods that match tokens, by their cards, one token at a time: their plans use no op and no helper of ours.
 
 `Slow*` stand in for the methods in hand-written forwards (`oracle.reduced_forward`), so that a whole rewritten model is
-compared with the card.  A row's answer is a list of groups in the order of their slots, each led by its first token.
+compared with the card.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from by_hand import Rows, plan_by_hand, real_tokens
 from torch import Tensor
 
+from tamis.kernels.hash_scores import hash_scores
+from tamis.passes.methods.diffrate import DiffRate
+from tamis.passes.methods.mctf import MCTF
 from tamis.passes.methods.tofu import ToFu
+from tamis.passes.methods.tome import ToMe
 from tamis.tokens import Plan, Tokens
 
 Groups = list[list[int]]
+Alike = Callable[[int, int], float]
 
 
 def cosines(vectors: Tensor) -> list[list[float]]:
@@ -26,49 +31,44 @@ def cosines(vectors: Tensor) -> list[list[float]]:
     return (unit @ unit.T).tolist()
 
 
-def real_of(tokens: Tokens, b: int) -> list[int]:
-    """The real tokens of a row, in order."""
-    count = tokens.hidden.shape[1]
-    return [i for i in range(count) if tokens.valid is None or bool(tokens.valid[b, i])]
+def alike_keys(tokens: Tokens, b: int) -> list[list[float]]:
+    """Cosines of the mean of the heads' keys."""
+    return cosines(tokens.keys_before_rope[b].double().mean(0))
 
 
-def plan_of(tokens: Tokens, rows: list[Groups], **fields: Any) -> Plan:
-    """Groups of every row as a Plan; merging by size unless `fields` say otherwise."""
-    batch, count, out = len(rows), tokens.hidden.shape[1], int(tokens.out)
-    slot = torch.full((batch, count), -1, dtype=torch.int64)
-    leader = torch.zeros(batch, out, dtype=torch.int64)
-    moved = torch.zeros(batch, count - out, dtype=torch.int64)
-    for b, groups in enumerate(rows):
-        for j, group in enumerate(groups):
-            slot[b, group] = j
-            leader[b, j] = group[0]
-        joined = sorted(i for group in groups for i in group[1:])
-        moved[b] = torch.tensor(joined + [groups[0][0]] * (count - out - len(joined)))
-    valid = None
-    if tokens.valid is not None:
-        valid = torch.arange(out) < torch.tensor([[len(groups)] for groups in rows])
-    merging: dict[str, Any] = {"moved": moved, "weight": tokens.sizes}
-    return Plan(slot, leader, tokens.out, valid=valid, **(merging | fields))
+def best_pairs(a: list[int], b: list[int], alike: Alike, count: int) -> tuple[dict[int, int], list[int]]:
+    """The partner in b of each of the `count` of a that merge, and the others of a, by falling likeness."""
+    partner = {i: max(b, key=lambda j, i=i: (alike(i, j), -j)) for i in a if b}
+    ranked = sorted(a, key=lambda i: (-alike(i, partner[i]) if b else 0, i))
+    return {i: partner[i] for i in sorted(ranked[:count])}, ranked[count:]
 
 
-def best_pairs(tokens: Tokens, b: int, alike: Callable[[int, int], float]) -> tuple[list[int], list[int], dict]:
-    """ToMe's matching: even ranks a that stay, odd ranks b, and partner[i] in b of each of a that merges."""
-    real = real_of(tokens, b)
+def halves(tokens: Tokens, real: list[int]) -> Groups:
+    """Unprotected tokens of even rank, and of odd."""
     free = [(rank, i) for rank, i in enumerate(real) if rank >= tokens.prefix]
-    even, odd = ([i for rank, i in free if rank % 2 == parity] for parity in (0, 1))
-    best = {i: max(odd, key=lambda j, i=i: (alike(i, j), -j)) for i in even if odd}
-    ranked = sorted(best, key=lambda i: (-alike(i, best[i]), i))[: tokens.rule.removed(len(real))]
-    stay = [i for i in even if i not in ranked]
-    if not tokens.prefix:
-        stay = sorted(stay, key=lambda i: (-alike(i, best[i]) if i in best else 0, i))
-    return real[: tokens.prefix] + stay, odd, {i: best[i] for i in sorted(ranked)}
+    return [[i for rank, i in free if rank % 2 == parity] for parity in (0, 1)]
 
 
-def parity_groups(tokens: Tokens, b: int) -> Groups:
-    """Groups of ToMe's matching on the mean of the heads' keys."""
-    alike = cosines(tokens.keys_before_rope[b].double().mean(0))
-    stay, odd, partner = best_pairs(tokens, b, lambda i, j: alike[i][j])
-    return [[i] for i in stay] + [[j, *(i for i in partner if partner[i] == j)] for j in odd]
+def joined(leaders: list[int], goal: dict[int, int]) -> Groups:
+    """Each leader with those that merge into it."""
+    return [[j, *(i for i in goal if goal[i] == j)] for j in leaders]
+
+
+def merged_by_size(tokens: Tokens, rows: Rows) -> Plan:
+    """The plan of these groups, as a mean by size."""
+    return plan_by_hand(tokens, rows, tokens.sizes)
+
+
+def parity_rows(tokens: Tokens) -> Rows:
+    """Groups of ToMe's matching (card 1.2)."""
+    rows = []
+    for b, real in enumerate(real_tokens(tokens)):
+        similarity = alike_keys(tokens, b)
+        even, odd = halves(tokens, real)
+        goal, stay = best_pairs(even, odd, lambda i, j, s=similarity: s[i][j], tokens.rule.removed(len(real)))
+        stay = sorted(stay) if tokens.prefix else stay
+        rows.append(joined(real[: tokens.prefix] + stay + odd, goal))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,83 @@ class SlowToFu(ToFu):
     """Card 4."""
 
     def plan(self, tokens: Tokens) -> Plan:
-        rows = [parity_groups(tokens, b) for b in range(tokens.hidden.shape[0])]
+        rows = parity_rows(tokens)
         if tokens.layer < (tokens.layers // 2 if self.switch is None else self.switch):
             alone = [[group[:1] for group in groups] for groups in rows]
-            return plan_of(tokens, alone, moved=None, weight=None, counts_sizes=False, drops=True)
-        return plan_of(tokens, rows, max_norm=True)
+            return plan_by_hand(tokens, alone, counts_sizes=False, drops=True)
+        return plan_by_hand(tokens, rows, tokens.sizes, max_norm=True)
+
+
+@dataclass(frozen=True)
+class SlowMatching(ToMe):
+    """Card 1.10, with the prefix protected and a last group of fewer than k."""
+
+    def plan(self, tokens: Tokens) -> Plan:
+        rows = []
+        for b, real in enumerate(real_tokens(tokens)):
+            similarity, free = alike_keys(tokens, b), real[tokens.prefix :]
+            if self.k is not None:
+                groups = [free[i : i + self.k] for i in range(0, len(free), self.k)]
+                sources, takers = [i for group in groups for i in group[:-1]], [group[-1] for group in groups]
+            else:
+                drawn = hash_scores(tokens.positions[b], self.seed, tokens.layer).tolist()
+                sources = sorted(free, key=lambda i, d=drawn: d[i])[: tokens.rule.removed(len(real))]
+                takers = [i for i in free if i not in sources]
+            goal, _ = best_pairs(sources, takers, lambda i, j, s=similarity: s[i][j], len(sources))
+            rows.append(joined([i for i in real if i not in goal], goal))
+        return merged_by_size(tokens, rows)
+
+
+@dataclass(frozen=True)
+class SlowDiffRate(DiffRate):
+    """Card 10.4; `dropped` and `gone` are how many tokens are dropped, and leave, of n at a layer."""
+
+    dropped: Callable[[int, int], int] = lambda n, layer: 0
+    gone: Callable[[int, int], int] = lambda n, layer: 0
+
+    def plan(self, tokens: Tokens) -> Plan:
+        rows, sizes = [], torch.zeros(tokens.hidden.shape[0], int(tokens.out))
+        before = torch.ones(tokens.hidden.shape[:2]) if tokens.sizes is None else tokens.sizes
+        scores = tokens.attention.cls_row().mean(1)
+        for b, real in enumerate(real_tokens(tokens)):
+            similarity, row = cosines(tokens.hidden[b]), scores[b].tolist()
+            free = sorted(real[tokens.prefix :], key=lambda i, row=row: (-row[i], i))
+            last = len(free) - self.dropped(len(real), tokens.layer)
+            first = len(free) - self.gone(len(real), tokens.layer)
+            kept = free[:first]
+            goal = {i: max(kept, key=lambda j, i=i, s=similarity: s[i][j]) for i in sorted(free[first:last])}
+            rows.append(joined(real[: tokens.prefix] + kept, goal))
+            for j, group in enumerate(rows[-1]):
+                sizes[b, j] = before[b, group[0]]
+                sizes[b, j] += sum(before[b, i] * max(similarity[i][group[0]], 0) for i in group[1:])
+        return plan_by_hand(tokens, rows, torch.ones_like(before), sizes=sizes, drops=True)
+
+
+@dataclass(frozen=True)
+class SlowMCTF(MCTF):
+    """Card 10.4."""
+
+    def plan(self, tokens: Tokens) -> Plan:
+        rows, received = [], tokens.attention.received().double().mean(1)
+        sizes = torch.ones_like(received) if tokens.sizes is None else tokens.sizes.double()
+        for b, real in enumerate(real_tokens(tokens)):
+            similarity = cosines(tokens.hidden[b])
+            info = (1 / received[b]) / (1 / received[b, real]).max()
+            size = (1 / sizes[b]) / (1 / sizes[b, real]).max()
+
+            def worth(i, j, similarity=similarity, info=info, size=size):
+                value = ((similarity[i][j] + 1) / 2) ** (1 / self.t_sim) if self.t_sim else 1.0
+                value *= float(info[i] * info[j]) ** (1 / self.t_info) if self.t_info else 1.0
+                return value * (float(size[i] * size[j]) ** (1 / self.t_size) if self.t_size else 1.0)
+
+            even, odd = halves(tokens, real)
+            removed = tokens.rule.removed(len(real))
+            first = removed // 2 if self.bidirectional else removed
+            goal, stay = best_pairs(even, odd, worth, first)
+            stay = sorted(stay) if tokens.prefix else stay
+            back: dict[int, int] = {}
+            if self.bidirectional:
+                back, odd = best_pairs(odd, stay, worth, removed - first)
+            goal = back | {i: back.get(j, j) for i, j in goal.items()}
+            rows.append(joined(real[: tokens.prefix] + stay + odd, goal))
+        return plan_by_hand(tokens, rows, (received * sizes).float())

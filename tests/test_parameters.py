@@ -94,7 +94,7 @@ def message(error: type[Exception], action) -> str:
             "tome:r=3,layer=[1]",
             UnknownParameter,
             "tome: no parameter 'layer'; did you mean layers?\n"
-            "  hint: it takes r, keep_ratio, layers, causal, passthrough, prop_attn.",
+            "  hint: it takes r, keep_ratio, layers, causal, passthrough, matching, k, seed, prop_attn.",
         ),
         (
             "tome:13",

@@ -20,6 +20,8 @@ MORE = (
     "pitome:r=5,margin=0.5",
     "pitome:keep_ratio=0.8,energy=paper,bsm=[0]",
     "tofu:keep_ratio=0.8",
+    "diffrate:r=5",
+    "mctf:keep_ratio=0.8",
     "evit:keep_ratio=0.7,fuse=false",
     "evit:r=5",
     "random:r=3,seed=7",

@@ -1,7 +1,7 @@
 """ToFu: token fusion, which prunes in early layers and merges in later ones.
 
-Source: Kim et al., "Token Fusion: Bridging the Gap between Token Pruning and Token Merging", WACV 2024, arXiv 2312.01026;
-no code was published, so the switch is from its ports (methods card 4).
+Source: Kim et al., "Token Fusion: Bridging the Gap between Token Pruning and Token Merging", WACV 2024, arXiv
+2312.01026; no code was published, so the switch is from its ports (methods card 4).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from ...errors import BadParameter
 from ...registry import register
 from ...tokens import Plan, Tokens
 from ..plans import match_plan, survivors
-from ..properties import CONSERVES_MASS, MERGING
 from ..properties import CONSERVES_MASS, MERGING
 from ..reduction import TokenReduction
 
@@ -40,7 +39,6 @@ class ToFu(TokenReduction):
     """
 
     limit: ClassVar[Term] = HALF
-    properties: ClassVar[frozenset[str]] = MERGING - {CONSERVES_MASS}
     properties: ClassVar[frozenset[str]] = MERGING - {CONSERVES_MASS}
 
     switch: int | None = None
