@@ -32,17 +32,18 @@ PACKAGES = ("torch", "timm", "transformers", "scikit-learn", "numpy")
 
 def measure(task: Any, prepared: Any, groups: tuple[int, ...], only: list[str]) -> dict[str, Any]:
     """Dense scores and one row per method and level; `groups` are the series of data that the task has."""
-    from reductions import levels, methods
+    from reductions import KEEP_RATIOS, extent, levels, methods
 
     from tamis.errors import TamisError
 
     dense = [task.score(task.model, group) for group in groups]
-    rows = []
+    rows, depth = [], len(prepared.graph.layers)
     for cls in methods():
         if only and cls.name not in only:
             continue
         try:
-            chosen = levels(lambda ratio, cls=cls: cls(keep_ratio=ratio), prepared)
+            ratios = () if cls.own_count else KEEP_RATIOS
+            chosen = levels(lambda share, cls=cls: cls(**extent(cls, share, depth)), prepared, ratios)
         except TamisError as error:
             rows.append({"method": cls.name, "refused": str(error)})
             continue

@@ -59,13 +59,23 @@ def control_of(method: TokenReduction, seed: int) -> RandomDrop:
     return EqualCounts(r=1, seed=seed)  # its own r is never asked for
 
 
-def levels(make: Callable[[float], TokenReduction], prepared: Prepared) -> dict[str, tuple[TokenReduction, Compiled]]:
+def extent(cls: type[TokenReduction], share: float, depth: int) -> dict[str, Any]:
+    """The parameter of a method with which its FLOPs grow, from a share of the whole in (0, 1].
+
+    That is the keep ratio or, where a method has a count of its own, the one layer at which it acts.
+    """
+    return {"layers": [min(depth - 1, int(share * depth))]} if cls.own_count else {"keep_ratio": share}
+
+
+def levels(
+    make: Callable[[float], TokenReduction], prepared: Prepared, ratios: tuple[float, ...] = KEEP_RATIOS
+) -> dict[str, tuple[TokenReduction, Compiled]]:
     """Title -> a method and its compiled model, at the keep ratios and at the FLOPs to compare at.
 
-    make  a method from its keep ratio
+    make  a method from its share, see `extent`
     """
     at = functools.cache(lambda hundredths: compiled(prepared, make(hundredths / 100)))
-    chosen = {f"keep ratio {ratio}": round(100 * ratio) for ratio in KEEP_RATIOS}
+    chosen = {f"keep ratio {ratio}": round(100 * ratio) for ratio in ratios}
     known = {hundredths: flops_share(at(hundredths)) for hundredths in chosen.values()}
     for target in FLOPS:
         nearest = _nearest(lambda hundredths: flops_share(at(hundredths)), known, target)
@@ -76,14 +86,14 @@ def levels(make: Callable[[float], TokenReduction], prepared: Prepared) -> dict[
 def nearest_to(make: Callable[[float], TokenReduction], prepared: Prepared, share: float) -> TokenReduction:
     """The method whose model comes nearest to this share of the dense model's FLOPs.
 
-    make  a method from its keep ratio, which is in hundredths
+    make  a method from its share in hundredths, see `extent`
     """
     found = _nearest(lambda hundredths: flops_share(compiled(prepared, make(hundredths / 100))), {}, share)
     return make(found / 100)
 
 
 def _nearest(share: Callable[[int], float], known: dict[int, float], target: float) -> int:
-    """The keep ratio in hundredths whose share of the FLOPs is nearest to the target; shares grow with the ratio.
+    """The share in hundredths whose part of the FLOPs is nearest to the target; the one grows with the other.
 
     known  shares that are there already; what is asked for here is added
     """

@@ -98,12 +98,12 @@ class Subject:
 
 
 def recipe(subject: Subject, cls: Any, level: int) -> tuple[Any, Any]:
-    """The method whose keep ratio, in hundredths, comes nearest to the level, and its compiled model."""
-    from reductions import compiled, nearest_to
+    """The method that comes nearest to the level, its extent being in hundredths, and its compiled model."""
+    from reductions import compiled, extent, nearest_to
     from untrained import untrained
 
-    def make(ratio: float) -> Any:
-        return untrained(cls, subject.channels, subject.depth, keep_ratio=ratio)
+    def make(share: float) -> Any:
+        return untrained(cls, subject.channels, subject.depth, **extent(cls, share, subject.depth))
 
     method = nearest_to(make, subject.prepared, level / 100)
     return method, compiled(subject.prepared, method)
