@@ -21,8 +21,8 @@ Compiled = Any
 
 def methods() -> list[type[TokenReduction]]:
     """Tamis's own token reductions, by name; a new one appears by itself."""
-    known = registered_passes().values()
-    return [cls for cls in known if issubclass(cls, TokenReduction) and origin_of(cls) == "tamis"]
+    known = [cls for cls in registered_passes().values() if issubclass(cls, TokenReduction) and not cls.grows]
+    return [cls for cls in known if origin_of(cls) == "tamis"]
 
 
 def compiled(prepared: Prepared, method: TokenReduction) -> Compiled:

@@ -32,12 +32,14 @@ class CountRule:
         added: tokens created by the reduction at a row where at least one token leaves.
         of_first: the fraction of the tokens before the first reduction to keep, in place of what the first term says,
             where their number is known (see `resolved`).
+        appended: tokens that come in at the end of every row, whether any leaves or not.
     """
 
     prefix: int
     terms: tuple[Term, ...]
     added: int = 0
     of_first: Fraction | None = None
+    appended: int = 0
 
     def resolved(self, first: Any) -> CountRule:
         """This rule for a stream that had `first` tokens; floor(of_first * T) of them stay if that is a number."""
@@ -55,12 +57,13 @@ class CountRule:
         return _maximum(least, 0)
 
     def out(self, n: Any) -> Any:
-        """Tokens after the reduction, the added ones included."""
+        """Tokens after the reduction, the added and the appended ones included."""
         removed = self.removed(n)
-        return n - removed + self.added * _minimum(removed, 1) if self.added else n - removed
+        left = n - removed + self.added * _minimum(removed, 1) if self.added else n - removed
+        return left + self.appended if self.appended else left
 
     def flat(self) -> list[int]:
-        """The rule as op arguments: [added, a, b, c, a, b, c, ...]."""
+        """The rule as op arguments, without the appended ones: [added, a, b, c, a, b, c, ...]."""
         return [self.added, *(value for term in self.terms for value in term)]
 
     @staticmethod
@@ -71,8 +74,8 @@ class CountRule:
 
     @property
     def is_identity(self) -> bool:
-        """True when no row of any length can lose a token."""
-        return any(a == 0 and b <= 0 for a, b, _ in self.terms)
+        """True when no row of any length can lose a token or gets one."""
+        return not self.appended and any(a == 0 and b <= 0 for a, b, _ in self.terms)
 
 
 def _term(term: Term, free: Any) -> Any:

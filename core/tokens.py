@@ -34,6 +34,8 @@ class Plan:
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
     spare            bool    whether `moved` may have unused entries; without them merging costs less
     ragged           bool    whether rows may hold fewer tokens than the rule leaves: how many, `valid` alone says
+    appended [B, A, C]       tokens that come in behind all others: A more slots, whose leader is the row's first token,
+                             as they have no place of their own; nothing else may change then.  None: none
     grid             ints    rows, columns that the slots after the prefix fill in raster order; None: no longer a grid
     """
 
@@ -50,6 +52,7 @@ class Plan:
     drops: bool = False
     spare: bool = True
     ragged: bool = False
+    appended: Tensor | None = None
     grid: tuple[int, int] | None = None
 
 
@@ -114,6 +117,7 @@ class Tokens:
     grid: tuple[int, int] | None = None  # rows, columns that the patch tokens fill in raster order; None: no grid
     lattice: tuple[int, int] | None = None  # the last grid there was, in which `places` are; None: never one
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of a trained method, float32, by name
+    memory: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the method's own, from layer to layer
     _tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     _attention: Callable[[], Attention] | None = field(default=None, repr=False)
 

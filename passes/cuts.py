@@ -36,6 +36,7 @@ class CutRunner:
         self.last: tuple[str, int] = ("", -1)
         self.first_hidden: Tensor | None = None
         self._counted: set[str] = set()
+        self._memory: dict[int, dict[str, Tensor]] = {}  # by a method's id
 
     def at(self, node: fx.Node, value: Any) -> Any:
         """The value of a node, reduced if methods run at it."""
@@ -77,16 +78,21 @@ class CutRunner:
         known = isinstance(count, int)
         if known:
             self._check_amount(method, layer, site, count)
-        if known and rule.removed(count) == 0:
+        if known and rule.removed(count) == 0 and not method.always:
             why = f"nothing can leave: {count} tokens, {self.graph.prefix} of them protected"
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
             return hidden
         out = torch.ops.tamis.token_count(hidden, 1, self.graph.prefix, rule.flat())
+        out = out + rule.appended if rule.appended else out
         tokens = self._tokens(method, hidden, rule, out, layer, site)
         if why := method.why_not_at(tokens):
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
             return hidden
         plan = plan_of(method, tokens)
+        if plan is None:
+            why = method.note(layer.index, len(self.graph.layers))
+            self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
+            return hidden
         plan = in_order(plan) if self.graph.hides_later else plan
         if plan.weight is None and state.sizes is not None and plan.moved is not None and plan.normalize:
             raise MethodFailed(
@@ -146,6 +152,7 @@ class CutRunner:
             grid=state.grid,
             lattice=state.lattice,
             weights={name: self._live(node) for name, node in self.interpreter.weights.get(id(method), {}).items()},
+            memory=self._memory.setdefault(id(method), {}),
             _tensors={
                 "queries": lambda: self._at_site(site.q),
                 "keys": lambda: self._at_site(site.k),
@@ -231,10 +238,10 @@ class CutRunner:
         )
 
 
-def plan_of(method: Any, tokens: Tokens) -> Plan:
+def plan_of(method: Any, tokens: Tokens) -> Plan | None:
     """What a method decides for these tokens; an error of its own is answered with where it was asked."""
     try:
-        plan: Plan = method.plan(tokens)
+        plan: Plan | None = method.plan(tokens)
     except TamisError:
         raise
     except Exception as error:

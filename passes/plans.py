@@ -111,6 +111,20 @@ def survivors(plan: Plan) -> Plan:
     return Plan(slot, plan.leader, plan.out, valid=plan.valid, counts_sizes=False, drops=True)
 
 
+def append_plan(tokens: Tokens, values: Tensor) -> Plan:
+    """Leave all tokens as they are and let values [B, A, C] in behind them, each of size 1."""
+    batch, count, more = tokens.hidden.shape[0], tokens.hidden.shape[1], values.shape[1]
+    place = torch.arange(count, device=values.device).unsqueeze(0).expand(batch, count)
+    leader = torch.cat([place, place.new_zeros((batch, more))], dim=1)
+    valid, sizes = (
+        None if one is None else torch.cat([one, one.new_ones((batch, more))], dim=1)
+        for one in (tokens.valid, tokens.sizes)
+    )
+    slot = place if tokens.valid is None else torch.where(tokens.valid, place, -1)
+    leader = leader if valid is None else torch.where(valid, leader, 0)
+    return Plan(slot, leader, tokens.out, valid=valid, sizes=sizes, counts_sizes=False, appended=values)
+
+
 def in_order(plan: Plan) -> Plan:
     """The same groups of tokens in the order of their last tokens, which lead them: what a causal mask asks for."""
     slot, leader, moved = torch.ops.tamis.order_slots(plan.slot, plan.leader, plan.moved)

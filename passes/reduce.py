@@ -51,7 +51,7 @@ def _place(graph: TokenGraph, methods: Sequence[TokenReduction], outcomes: list[
             if node is None:
                 why = "; ".join(layer.notes) or f"no place {method.where.replace('_', ' ')}"
                 outcomes.append(Outcome(str(method), index, graph.sites[layer.site].node, False, why))
-            elif method.rule(index, len(graph.layers), graph.prefix).is_identity:
+            elif method.rule(index, len(graph.layers), graph.prefix).is_identity and not method.always:
                 why = "nothing to remove here (r=0 or keep_ratio=1)"
                 outcomes.append(Outcome(str(method), index, graph.sites[layer.site].node, False, why))
             else:

@@ -45,6 +45,8 @@ class TokenReduction(Pass):
     own_count: ClassVar[bool] = False  # other parameters say how many tokens stay; r and keep_ratio are not given
     limit: ClassVar[Term] = KEEP_ONE  # the most that a method can remove at one layer
     added: ClassVar[int] = 0
+    always: ClassVar[bool] = False  # it also runs where its rule lets nothing leave
+    grows: ClassVar[bool] = False  # it lets tokens in and none leave
     family: ClassVar[str] = "reduction"
     properties: ClassVar[frozenset[str]] = PRUNING  # what holds of it, in the words of `properties.py`
 
@@ -91,8 +93,8 @@ class TokenReduction(Pass):
         object.__setattr__(self, name, schedule)
 
     @abstractmethod
-    def plan(self, tokens: Tokens) -> Plan:
-        """Decide where each token goes.  Traced: plain torch, no branch on data."""
+    def plan(self, tokens: Tokens) -> Plan | None:
+        """Decide where each token goes; None changes nothing.  Traced: plain torch, no branch on data."""
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:

@@ -110,6 +110,8 @@ class StreamState:
 
     def reduce(self, x: Tensor, plan: Plan) -> Tensor:
         """Apply one plan to [B, N, C]."""
+        if plan.appended is not None:
+            return torch.cat([x, plan.appended.to(x.dtype)], dim=1)
         y = torch.ops.tamis.reduce_tokens(x, plan.slot, plan.leader, plan.moved, plan.weight, plan.normalize)
         return _rescaled(y, x, plan)
 

@@ -26,8 +26,8 @@ Groups = list[frozenset[int]]
 
 def reductions() -> dict[str, type[TokenReduction]]:
     """Tamis's own token reductions by name."""
-    known = registered_passes().items()
-    return {name: cls for name, cls in known if issubclass(cls, TokenReduction) and origin_of(cls) == "tamis"}
+    known = [cls for cls in registered_passes().values() if issubclass(cls, TokenReduction) and not cls.grows]
+    return {cls.name: cls for cls in known if origin_of(cls) == "tamis"}
 
 
 def made(

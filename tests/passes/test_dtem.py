@@ -73,6 +73,7 @@ def test_a_rewritten_model_equals_the_forward_by_hand(name: str) -> None:
     assert_equal_outputs(run(rewritten(name, one), ((images,), {})), [expected], 1e-5)
 
 
+@pytest.mark.full
 def test_padding_under_post_norm() -> None:
     """BERT's projections read the stream itself."""
     family = FAMILIES["bert"]

@@ -128,7 +128,7 @@ def test_a_rewritten_model_equals_the_oracle(name: str) -> None:
         assert_equal_outputs(run(rewritten(name, one), inputs), answer.outputs, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["deit_distilled", "bert"])
+@pytest.mark.parametrize("name", ["deit_distilled", pytest.param("bert", marks=pytest.mark.full)])
 def test_onnx_runtime_keeps_the_same_tokens(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     width = captured(name).node(captured(name).layers[0].before_attention or "").meta["val"].shape[-1]
