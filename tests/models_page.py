@@ -9,6 +9,7 @@ from pathlib import Path
 from decoders import DECODERS, Decoder
 from family import Family
 from zoo import FAMILIES
+from zoo_speech import ALIKE
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
@@ -16,7 +17,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 def render(page: str) -> str:
     """The page with the text between its markers made anew."""
     parts = {
-        "encoders": table(("model", "library", "dynamic", "protected", "not for"), map(encoder, FAMILIES.values())),
+        "encoders": table(
+            ("model", "library", "dynamic", "protected", "not for"), map(encoder, (*FAMILIES.values(), *ALIKE))
+        ),
         "decoders": table(("model", "key-value heads", "local layers", "soft cap"), map(decoder, DECODERS.values())),
     }
     for name, text in parts.items():
@@ -35,7 +38,7 @@ def encoder(family: Family) -> tuple[str, ...]:
     """model, library, dynamic, protected, not for."""
     model = family.shared()
     known = getattr(model, "pretrained_cfg", None)  # timm's
-    shown = getattr(model, "vit", model) if type(model).__module__.startswith("zoo") else model  # a test's wrapper
+    shown = next(model.children()) if type(model).__module__.startswith("zoo") else model  # a test's wrapper
     name, library = (known["architecture"], "timm") if known else (type(shown).__name__, "transformers")
     dynamic = ", ".join(family.dynamic) + (", padding" if family.padded else "")
     methods = sorted({text.partition(":")[0] for text in family.without})

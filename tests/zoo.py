@@ -13,6 +13,7 @@ from family import quietly as quietly
 from family import text_inputs as text_inputs
 from torch import nn
 from zoo_hf import HF
+from zoo_speech import SPEECH
 from zoo_text import TEXT
 from zoo_text import bert as bert
 
@@ -119,6 +120,7 @@ FAMILIES = {
         Family("hf_vit_classifier", hf_vit_classifier, image_inputs(96, "pixel_values"), 1, 37, oracle="hf_vit"),
         Family("clip_vision", clip_vision, image_inputs(80, "pixel_values"), 1, 26, oracle="clip"),
         *HF,
+        *SPEECH,
         *TEXT,
     )
 }

@@ -85,6 +85,7 @@ _NOISY = random_inputs(pixel_values=(3, 80, 80), noise=(25,))
 _VIDEO = random_inputs(pixel_values=(4, 3, 48, 48))
 _SPECTRUM = random_inputs(input_values=(56, 32))
 _VIDEO_SIZES = {**SIZES, "image_size": 48, "patch_size": 16, "num_frames": 4, "tubelet_size": 2}
+_VIVIT = {**SIZES, "image_size": 48, "num_frames": 4, "tubelet_size": [2, 16, 16]}
 _AST = {**SIZES, "max_length": 56, "num_mel_bins": 32, "patch_size": 16, "frequency_stride": 8, "time_stride": 8}
 _REGISTERS = "Dinov2WithRegistersModel"
 _TEACHER = "DeiTForImageClassificationWithTeacher"
@@ -146,6 +147,7 @@ HF = (
         layers=2,
         oracle="hf_plain",
     ),
+    Family("vivit", hf("VivitModel", "VivitConfig", **_VIVIT), _VIDEO, 1, 19, layers=2, oracle="hf_plain"),
     Family(
         "whisper_encoder",
         whisper_encoder,

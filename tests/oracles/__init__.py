@@ -6,6 +6,7 @@ from oracles.hf_plain import hf_plain, vit_mae_pretraining, whisper
 from oracles.hf_positions import hf_beit, hf_dinov3, hf_siglip
 from oracles.hf_text import clip_text, modernbert, t5
 from oracles.hf_vision import clip, hf_vit
+from oracles.speech import speech
 from oracles.timm_positions import timm_beit, timm_eva
 from oracles.timm_vit import timm_vit
 
@@ -27,6 +28,7 @@ FORWARDS = {
     "hf_beit": hf_beit,
     "hf_siglip": hf_siglip,
     "clip": clip,
+    "speech": speech,
     "bert": bert,
     "distilbert": distilbert,
     "albert": albert,

@@ -83,6 +83,7 @@ def _head(model: Any, body: Any, x: Tensor, whole: Tensor, stream: Stream) -> li
         "Dinov2Model": lambda: [x[:, 0]],
         "Dinov2WithRegistersModel": lambda: [x[:, 0]],
         "DeiTModel": lambda: [body.pooler.activation(body.pooler.dense(x[:, 0]))],
+        "VivitModel": lambda: [body.pooler.activation(body.pooler.dense(x[:, 0]))],
         "ASTModel": lambda: [(x[:, 0] + x[:, 1]) / 2],
     }
     return [whole, *pooled.get(type(model).__name__, list)()]
