@@ -30,10 +30,12 @@ class Plan:
     valid   [B, N']  bool    slots that hold a token; None: all do
     sizes   [B, N']  float32 original tokens in each slot; None: reduction of the sizes before (merged ones add up)
     counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
-    max_norm         bool    whether a merged slot is scaled to the largest norm of its tokens (MLERP); a mean of 0 stays
+    max_norm         bool    whether a merged slot is scaled to the largest norm of its tokens (MLERP); 0 stays 0
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
     spare            bool    whether `moved` may have unused entries; without them merging costs less
     ragged           bool    whether rows may hold fewer tokens than the rule leaves: how many, `valid` alone says
+    features  [B, N, C]      what the tokens are before they are reduced, instead of the stream's state; None: that
+    carry  of [B, N, ...]    by name, what the method wants to see of these tokens at its next layer: Tokens.carried
     appended [B, A, C]       tokens that come in behind all others: A more slots, whose leader is the row's first token,
                              as they have no place of their own; nothing else may change then.  None: none
     grid             ints    rows, columns that the slots after the prefix fill in raster order; None: no longer a grid
@@ -52,6 +54,8 @@ class Plan:
     drops: bool = False
     spare: bool = True
     ragged: bool = False
+    features: Tensor | None = None
+    carry: dict[str, Tensor] = field(default_factory=dict)
     appended: Tensor | None = None
     grid: tuple[int, int] | None = None
 
@@ -117,6 +121,7 @@ class Tokens:
     grid: tuple[int, int] | None = None  # rows, columns that the patch tokens fill in raster order; None: no grid
     lattice: tuple[int, int] | None = None  # the last grid there was, in which `places` are; None: never one
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of a trained method, float32, by name
+    carried: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what its last plan carried, of these tokens
     memory: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the method's own, from layer to layer
     _tensors: dict[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     _attention: Callable[[], Attention] | None = field(default=None, repr=False)

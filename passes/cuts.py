@@ -37,6 +37,7 @@ class CutRunner:
         self.first_hidden: Tensor | None = None
         self._counted: set[str] = set()
         self._memory: dict[int, dict[str, Tensor]] = {}  # by a method's id
+        self._carried: dict[int, tuple[int, dict[str, Tensor]]] = {}  # by a method's id: since which epoch, and what
 
     def at(self, node: fx.Node, value: Any) -> Any:
         """The value of a node, reduced if methods run at it."""
@@ -103,6 +104,8 @@ class CutRunner:
                 hint="set Plan.weight=tokens.sizes.",
             )
         self.interpreter.marks[node] = Axes((1,), 0, state.epoch + 1)
+        self._carried[id(method)] = state.epoch, plan.carry
+        hidden = hidden if plan.features is None else plan.features
         reduced = state.advance(hidden, plan, size_bias=method.tracks_sizes, passthrough=method.passthrough)
         self.last = (str(method), layer.index)
         said = [method.note(layer.index, len(self.graph.layers)), MOST * any(one.ragged for one in state.plans)]
@@ -152,6 +155,7 @@ class CutRunner:
             grid=state.grid,
             lattice=state.lattice,
             weights={name: self._live(node) for name, node in self.interpreter.weights.get(id(method), {}).items()},
+            carried=self._brought(method),
             memory=self._memory.setdefault(id(method), {}),
             _tensors={
                 "queries": lambda: self._at_site(site.q),
@@ -165,6 +169,11 @@ class CutRunner:
             },
             _attention=lambda: self._attention(site),
         )
+
+    def _brought(self, method: TokenReduction) -> dict[str, Tensor]:
+        """What the method's plan before carried, each token of now having its leader's."""
+        epoch, carried = self._carried.get(id(method), (0, {}))
+        return {name: self._state.gather(value, 1, 0, epoch) for name, value in carried.items()}
 
     def _at_site(self, name: str, axes: tuple[int, ...] = (0, 1, 2, 3)) -> Tensor:
         """A tensor [B, H, N, D] of the site just passed at the current token count; `axes`: where its node has them."""

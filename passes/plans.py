@@ -125,6 +125,13 @@ def append_plan(tokens: Tokens, values: Tensor) -> Plan:
     return Plan(slot, leader, tokens.out, valid=valid, sizes=sizes, counts_sizes=False, appended=values)
 
 
+def without(plan: Plan, gone: Tensor) -> Plan:
+    """The same slots, those of the tokens gone [B, N] bool left empty.  For plans that merge nothing."""
+    held = ~gone.gather(1, plan.leader) if plan.valid is None else plan.valid & ~gone.gather(1, plan.leader)
+    slot, leader = torch.where(gone, -1, plan.slot), torch.where(held, plan.leader, 0)
+    return replace(plan, slot=slot, leader=leader, valid=held, drops=True, ragged=True)
+
+
 def in_order(plan: Plan) -> Plan:
     """The same groups of tokens in the order of their last tokens, which lead them: what a causal mask asks for."""
     slot, leader, moved = torch.ops.tamis.order_slots(plan.slot, plan.leader, plan.moved)

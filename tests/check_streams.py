@@ -31,14 +31,18 @@ def reductions() -> dict[str, type[TokenReduction]]:
 
 
 def made(
-    cls: type[TokenReduction], layers: Sequence[int] = (LAST,), channels: int = CHANNELS, **amount: Any
+    cls: type[TokenReduction],
+    layers: Sequence[int] = (LAST,),
+    channels: int = CHANNELS,
+    depth: int = LAYERS,
+    **amount: Any,
 ) -> TokenReduction:
     """A method with this amount (r, keep_ratio) at these layers, with random tensors where it has trained parts.
 
     One whose own parameters say how many tokens stay has their defaults.
     """
-    amount = {} if cls.own_count else amount
-    return untrained(cls, channels, LAYERS, layers=layers, **amount)
+    amount = {} if cls.own_count is True else amount  # a property where parameters decide
+    return untrained(cls, channels, depth, layers=layers, **amount)
 
 
 class Exact(Stream):

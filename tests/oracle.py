@@ -44,6 +44,7 @@ class Stream:
     leaders: Tensor | None = None  # [B, N] original index of every slot's leader
     counts: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, before, after) of every reduction
     plans: list[Plan] = field(default_factory=list)
+    carried: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by a method's id: Tokens.carried
     last: Tensor | None = None  # [B, N0, C] what every original token was when a method that passes it by took it out
     normed: Tensor | None = None
     _qkv: tuple[Tensor, Tensor, Tensor, float] | None = None
@@ -116,7 +117,8 @@ class Stream:
     def _reduce(self, method: TokenReduction, layer: int, x: Tensor) -> Tensor:
         first = x.shape[1] if self.source is None else self.source.shape[1]
         rule = method.rule(layer, self.layers, self.prefix).resolved(first if self.original_valid is None else None)
-        if rule.is_identity or (self.original_valid is None and rule.removed(x.shape[1]) == 0):
+        nothing = rule.is_identity or (self.original_valid is None and rule.removed(x.shape[1]) == 0)
+        if nothing and not method.always:
             return x
         tokens = self._view(method, rule, layer, x)
         plan = method.plan(tokens)
@@ -127,7 +129,8 @@ class Stream:
         self.counts.append((layer, x.shape[1], plan.out))
         if method.passthrough:
             self.last = self.restore(x)
-        x = apply_plan(plan, x)
+        x = apply_plan(plan, x if plan.features is None else plan.features)
+        self.carried[id(method)] = plan.carry
         self._compose(plan, tracks=method.tracks_sizes)
         self._follow(plan)
         return x
@@ -157,6 +160,7 @@ class Stream:
             valid=self.valid,
             grid=self.grid,
             lattice=self.lattice,
+            carried=self.carried.get(id(method), {}),
             weights=method.weights.tensors if isinstance(method, TrainedPass) else {},
             _tensors={
                 "queries": lambda: self._now()[0],
@@ -220,6 +224,8 @@ class Stream:
         elif merges or self.sizes is not None:
             self.sizes = torch.einsum("bsn,bn->bs", one_hot(plan).float(), before)
         self.size_bias = self.size_bias or (tracks and self.sizes is not None)
+        rows = torch.arange(len(plan.leader))[:, None]
+        self.carried = {key: {n: v[rows, plan.leader] for n, v in of.items()} for key, of in self.carried.items()}
         self.leaders = plan.leader if self.leaders is None else self.leaders.gather(1, plan.leader)
         slot = plan.slot if self.source is None else plan.slot.gather(1, self.source.clamp(min=0))
         self.source = slot if self.source is None else torch.where(self.source < 0, -1, slot)
