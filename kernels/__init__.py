@@ -20,6 +20,7 @@ if __name__ == "tamis.kernels":
     from . import merge_tokens as merge_tokens
     from . import onnx_node as onnx_node
     from . import order_slots as order_slots
+    from . import page_rank as page_rank
     from . import quantize_linear as quantize_linear
     from . import quantized_attention as quantized_attention
     from . import reduce_tokens as reduce_tokens

@@ -30,6 +30,7 @@ CASES += [("bert", "diffrate:r=4,layers=[0] + mctf:r=4,layers=[1] + tome:r=2,mat
 CASES += [(name, "ats:keep_ratio=0.8,layers=[0,1]") for name in ("vit_small", "deit_distilled", "dinov2_reg4", "bert")]
 CASES += [("deit_distilled", "pool:window=3,layers=[0]")]
 CASES += [("deit_distilled", "random:keep_ratio=0.6,layers=[0,1],draw=stratified,prop_attn=true")]
+CASES += [(name, "zero-tprune:keep_ratio=0.7,iterations=5,init=cls") for name in ("deit_distilled", "bert")]
 BUDGET = 1e-4
 
 

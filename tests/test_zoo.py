@@ -25,6 +25,7 @@ MORE = (
     "evit:keep_ratio=0.7,fuse=false",
     "evit:r=5",
     "random:r=3,seed=7",
+    "zero-tprune:r=4,iterations=3",
     "ats:keep_ratio=0.8",
     "ats:r=1,points=30,per_head=true",
 )
