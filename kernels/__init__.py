@@ -21,6 +21,7 @@ if __name__ == "tamis.kernels":
     from . import onnx_node as onnx_node
     from . import order_slots as order_slots
     from . import page_rank as page_rank
+    from . import pick_tiles as pick_tiles
     from . import quantize_linear as quantize_linear
     from . import quantized_attention as quantized_attention
     from . import reduce_tokens as reduce_tokens
@@ -28,6 +29,7 @@ if __name__ == "tamis.kernels":
     from . import restore_tokens as restore_tokens
     from . import sample_tokens as sample_tokens
     from . import select_tokens as select_tokens
+    from . import slash_tiles as slash_tiles
     from . import token_count as token_count
     from . import valid_slots as valid_slots
     from . import weighted_match as weighted_match

@@ -9,7 +9,7 @@ where causal) of the union of
     the `local` nearest keys: |i - j| < local,
     its row's tiles: keys tiles[b, s, i // rows, t] + 0 .. width - 1,
     its row's columns: single keys columns[b, s, i // rows, c],
-    all keys, for the last `last` tokens of each batch row.
+    all keys, for the first `first` and the last `last` tokens of each batch row.
 
 q        [B, H, N, D]     float
 k, v     [B, Hk, N, D]    float    Hk divides H; head h reads key head h // (H / Hk)
@@ -17,7 +17,7 @@ tiles    [B, S, R, T]     int32    R = ceil(N / rows); tiles of a row do not ove
 columns  [B, S, R, C]     int32    outside the row's tiles, each once; -1: unused
 lengths  [B]              int64    real tokens, which come first in each row; None: N
 share    str              who shares a list: "layer" (S = 1), "kv" (S = Hk), "query" (S = H)
-rows, width, sink, local, last     int; None for tiles or columns: there are none
+rows, width, sink, local, first, last     int; None for tiles or columns: there are none
 scale    float
 causal   bool
 softcap  float            cap(x) = softcap * tanh(x / softcap); None: cap(x) = x
@@ -57,6 +57,7 @@ def reference(
     width: int,
     sink: int,
     local: int,
+    first: int,
     last: int,
     scale: float,
     causal: bool,
@@ -66,8 +67,8 @@ def reference(
     scope = {"layer": 1, "kv": k.shape[1], "query": q.shape[1]}[share]
     keys, seen = _gathered(q.shape[2], q.device, scope, tiles, columns, lengths, rows, width, sink, local, causal)
     out = _over_rows(q, k, v, keys, seen, share, rows, scale, softcap)
-    if last:
-        out = _with_last(out, q, k, v, lengths, last, scale, causal, softcap)
+    if first or last:
+        out = _with_dense(out, q, k, v, lengths, first, last, scale, causal, softcap)
     return out
 
 
@@ -170,25 +171,29 @@ def _of_each(x: Tensor, sets: int, listed: Tensor, count: Any) -> Tensor:
     return take_rows(x, listed).reshape(batch * sets * count, 1, listed.shape[1] // count, size)
 
 
-def _with_last(
+def _with_dense(
     out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lengths: MaybeTensor,
+    first: int,
     last: int,
     scale: float,
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
-    """The last tokens of each batch row read every key; a row that has fewer names its first one again."""
+    """The first and last tokens of each batch row read every key; a row that has fewer names one again."""
     tokens = q.shape[2]
     if lengths is None:
         lengths = torch.full((q.shape[0],), tokens, dtype=torch.int64, device=q.device)
-    place = (lengths.unsqueeze(1) - last + torch.arange(last, device=q.device)).clamp(min=0)  # [B, last]
+    ends = lengths.unsqueeze(1)
+    opening = torch.arange(first, device=q.device).expand(q.shape[0], -1)
+    place = torch.cat([opening, ends - last + torch.arange(last, device=q.device)], 1)
+    place = torch.minimum(place.clamp(min=0), (ends - 1).clamp(min=0))  # [B, first + last]
     index = place[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
     key = torch.arange(tokens, device=q.device)
-    seen = (key < lengths.reshape(-1, 1, 1, 1)).expand(-1, -1, last, -1)
+    seen = (key < lengths.reshape(-1, 1, 1, 1)).expand(-1, -1, first + last, -1)
     if causal:
         seen = seen & (key <= place[:, None, :, None])
     logits = grouped_logits(q.gather(2, index), k, scale)
@@ -219,7 +224,7 @@ def onnx(
     *numbers: Any,
 ) -> OnnxCall:
     """Calls BlockSparseAttention, whose body masks dense attention: right everywhere, fast nowhere."""
-    names = ("rows", "width", "sink", "local", "last", "scale", "causal", "softcap")
+    names = ("rows", "width", "sink", "local", "first", "last", "scale", "causal", "softcap")
     attributes = dict(zip(names, (*numbers, None), strict=False))
     attributes |= {"causal": int(attributes["causal"]), "softcap": attributes["softcap"] or 0.0}
     none = q.new_full((1, 1, 1, 1), -1, dtype=torch.int32)
@@ -230,11 +235,11 @@ def onnx(
 
 def flops(q: Any, k: Any, v: Any, tiles: Any, columns: Any, lengths: Any, share: str, *numbers: Any, **_: Any) -> int:
     """Both products over what the lists can hold, at most N keys a query; causality halves nothing."""
-    (batch, heads, tokens, size), (rows, width, sink, local, last) = q, numbers[:5]
+    (batch, heads, tokens, size), (rows, width, sink, local, first, last) = q, numbers[:6]
     listed = (tiles[3] * width if tiles else 0) + (columns[3] if columns else 0)
     near = (local + rows - 1) if local else 0
     each = min(tokens, listed + sink + near)
-    return 2 * batch * heads * (tokens * each + min(last, tokens) * tokens) * (size + v[3])
+    return 2 * batch * heads * (tokens * each + min(first + last, tokens) * tokens) * (size + v[3])
 
 
 def samples() -> Iterator[tuple[Any, ...]]:
@@ -249,19 +254,19 @@ def samples() -> Iterator[tuple[Any, ...]]:
         starts = torch.rand(batch, scope, 4, 5, generator=generator).argsort(-1) * 3
         tiles[share] = torch.where(torch.rand(starts.shape, generator=generator) > 0.5, starts, -1)[..., :4].int()
         columns[share] = torch.randint(0, tokens, (batch, scope, 4, 1), generator=generator).int()
-    yield q, k, v, tiles["layer"], None, None, "layer", 4, 3, 0, 0, 0, 0.3, True
-    yield q, k, v, tiles["kv"], None, lengths, "kv", 4, 3, 2, 3, 0, 0.3, False
-    yield q, k, v, None, columns["kv"], None, "kv", 4, 1, 0, 2, 1, 0.3, True
-    yield q, k, v, None, columns["query"], lengths, "query", 4, 1, 1, 2, 0, 0.3, True, 1.5
-    yield q.half(), k.half(), v.half(), tiles["query"], None, lengths, "query", 4, 3, 2, 3, 5, 0.3, True
-    yield q[:1], k[:1], v[:1], None, None, None, "layer", 64, 1, 2, 40, 0, 0.3, False
+    yield q, k, v, tiles["layer"], None, None, "layer", 4, 3, 0, 0, 0, 0, 0.3, True
+    yield q, k, v, tiles["kv"], None, lengths, "kv", 4, 3, 2, 3, 3, 0, 0.3, False
+    yield q, k, v, None, columns["kv"], None, "kv", 4, 1, 0, 2, 0, 1, 0.3, True
+    yield q, k, v, None, columns["query"], lengths, "query", 4, 1, 1, 2, 0, 0, 0.3, True, 1.5
+    yield q.half(), k.half(), v.half(), tiles["query"], None, lengths, "query", 4, 3, 2, 3, 0, 5, 0.3, True
+    yield q[:1], k[:1], v[:1], None, None, None, "layer", 64, 1, 2, 40, 0, 0, 0.3, False
 
 
 BLOCK_SPARSE_ATTENTION = define_op(
     Op(
         name="block_sparse_attention",
         schema="(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? columns, Tensor? lengths, str share, int rows, "
-        "int width, int sink, int local, int last, float scale, bool causal, float? softcap=None) -> Tensor",
+        "int width, int sink, int local, int first, int last, float scale, bool causal, float? softcap=None) -> Tensor",
         reference=reference,
         fake=fake,
         onnx=onnx,

@@ -46,6 +46,7 @@ def BlockSparseAttention(
     width: int,
     sink: int,
     local: int,
+    first: int,
     last: int,
     scale: float,
     causal: int,
@@ -58,7 +59,8 @@ def BlockSparseAttention(
     listed = ListedKeys(op.Cast(tiles, to=7), op.Cast(columns, to=7), line, tokens, span)
     ends = op.Reshape(op.Where(lengths < 0, tokens, lengths), [-1, 1, 1, 1])
     near = op.Abs(query - place) < local
-    implicit = op.Or(op.Or(place < sink, near), query >= ends - last)
+    dense = op.Or(query < first, query >= ends - last)
+    implicit = op.Or(op.Or(place < sink, near), dense)
     later = op.And(place > query, op.Expand(causal, [1]) > 0)
     real = op.And(op.And(place < ends, query < ends), op.Not(later))
     seen = op.And(op.Or(listed, implicit), real)

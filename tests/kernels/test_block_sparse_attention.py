@@ -23,6 +23,7 @@ def pairs(
     width: int,
     sink: int,
     local: int,
+    first: int,
     last: int,
     causal: bool,
 ) -> list[set[int]]:
@@ -34,7 +35,7 @@ def pairs(
             some |= {int(start) + n for start in tiles[i // rows] if start >= 0 for n in range(width)}
         if columns is not None:
             some |= {int(c) for c in columns[i // rows] if c >= 0}
-        if length - last <= i:
+        if length - last <= i or i < first:
             some = set(range(tokens))
         found.append({j for j in some if j < length and (not causal or j <= i)} if i < length else set())
     return found
@@ -92,14 +93,15 @@ def test_random_indices_equal_the_definition(seed: int) -> None:
     k, v = (torch.randn(2, heads, tokens, 8, generator=generator) for _ in range(2))
     tiles, columns = drawn_index(generator, 2, scope, tokens, rows, width)
     lengths = torch.tensor([tokens, draw(1, tokens)]) if seed % 2 else None
-    sink, local, last, causal = draw(0, 3), draw(0, 4), draw(0, 3) if seed % 4 == 0 else 0, seed % 5 != 0
+    sink, local, causal = draw(0, 3), draw(0, 4), seed % 5 != 0
+    first, last = (draw(0, 3), draw(0, 3)) if seed % 4 == 0 else (0, 0)
     softcap = 1.3 if seed % 6 == 0 else None
-    got = attend(q, k, v, tiles, columns, lengths, share, rows, width, sink, local, last, 0.4, causal, softcap)
+    got = attend(q, k, v, tiles, columns, lengths, share, rows, width, sink, local, first, last, 0.4, causal, softcap)
     sets = [
         [
             pairs(
                 tokens, tokens if lengths is None else int(lengths[b]), tiles[b, of], columns[b, of], rows, width, sink,
-                local, last, causal,
+                local, first, last, causal,
             )
             for h in range(heads * group)
             for of in [{"layer": 0, "kv": h // group, "query": h}[share]]
@@ -108,7 +110,9 @@ def test_random_indices_equal_the_definition(seed: int) -> None:
     ]  # fmt: skip
     torch.testing.assert_close(got.double(), dense(q, k, v, sets, 0.4, softcap), rtol=1e-5, atol=1e-5)
     weights = torch.ones_like(v)  # each key once: weights add up to 1 where anything is read
-    sums = attend(q, k, weights, tiles, columns, lengths, share, rows, width, sink, local, last, 0.4, causal, softcap)
+    sums = attend(
+        q, k, weights, tiles, columns, lengths, share, rows, width, sink, local, first, last, 0.4, causal, softcap
+    )
     read = torch.tensor([[[bool(some) for some in head] for head in row] for row in sets]).unsqueeze(-1)
     torch.testing.assert_close(sums, read.expand_as(sums).float(), rtol=1e-5, atol=1e-5)
 
@@ -123,14 +127,14 @@ def test_a_full_index_is_dense_attention(tokens: int, group: int) -> None:
     tiles = (torch.arange(count) * 64).expand(1, 2, count, count).int()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     for index in ((tiles, 0, 0), (None, 0, tokens), (None, tokens, 0)):
-        got = attend(q, k, v, index[0], None, None, "kv", 64, 64, *index[1:], 0, 0.25, True)
+        got = attend(q, k, v, index[0], None, None, "kv", 64, 64, *index[1:], 0, 0, 0.25, True)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_head_h_reads_key_head_h_over_group() -> None:
     q, k = torch.zeros(1, 6, 5, 4), torch.zeros(1, 3, 5, 4)
     v = torch.arange(3.0).reshape(1, 3, 1, 1).expand(1, 3, 5, 4)
-    got = attend(q, k, v, None, None, None, "layer", 2, 1, 1, 2, 0, 1.0, True)
+    got = attend(q, k, v, None, None, None, "layer", 2, 1, 1, 2, 0, 0, 1.0, True)
     assert got[0, :, :, 0].unique(dim=1).flatten().tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -139,7 +143,7 @@ def test_tokens_that_are_not_read_do_not_matter(causal: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(3))
     lengths, tiles = torch.tensor([21]), torch.tensor([[4]] * 8).int().reshape(1, 1, 8, 1)
-    rest = ("layer", 4, 4, 1, 3, 0, 0.3, causal)
+    rest = ("layer", 4, 4, 1, 3, 0, 0, 0.3, causal)
     before = attend(q, k, v, tiles, None, lengths, *rest)
     for x in (q, k, v):
         x[:, :, 21:] = torch.nan
