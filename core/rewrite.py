@@ -33,7 +33,8 @@ SPELLINGS = {  # what other tools call the fraction, and whether they mean the p
 class Outcome:
     """What a pass did at one place: applied, or skipped with the reason.
 
-    layer, site  indices in the graph (None: the whole model);  before, after  token counts, numbers or symbol names
+    layer, site  indices in the graph (None: the whole model)
+    before, after  token counts, numbers or symbol names; None where no token leaves, and the reason says what was done
     rule         the CountRule in force, with which a report predicts counts that depend on the input's length
     inside       of what the counts hold, when the stream keeps its length: "self-attention"; "" where it does not
     """
@@ -52,6 +53,8 @@ class Outcome:
         where = f" inside {self.inside}" if self.inside else ""
         what = f"{self.before} -> {self.after} tokens{where}" if self.applied else f"skipped: {self.reason}"
         note = f" ({self.reason})" if self.applied and self.reason else ""
+        if self.applied and self.before is None:
+            what, note = self.reason, ""
         return f"{self.pass_name} at layer {self.layer}: {what}{note}"
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
-from operator import add, mul
+from operator import add, floordiv, mul
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 import torch
 from onnxscript import OnnxFunction
 from onnxscript import opset18 as standard
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ..capture.program import copied, rebuild
 from ..errors import ExportFailed
@@ -119,17 +121,26 @@ def _expressions(results: Any) -> list[Any]:
 
 
 def _traced(size: Any, known: dict[Any, Any]) -> Any:
-    """The size, a sum of products of known sizes, computed from them so that the trace sees how."""
+    """The size, in steps of STEPS from known sizes, computed so that the trace sees how."""
     if not isinstance(size, torch.SymInt):
         return size
 
     def value(expression: Any) -> Any:
         if expression in known or expression.is_Integer:
             return known.get(expression) if expression in known else int(expression)
-        assert expression.is_Add or expression.is_Mul
-        return reduce(add if expression.is_Add else mul, map(value, expression.args))
+        step = next(step for kind, step in STEPS.items() if isinstance(expression, kind))
+        return reduce(step, map(value, expression.args))
 
     return value(size.node.expr)
+
+
+STEPS: dict[Any, Callable[[Any, Any], Any]] = {
+    sympy.Add: add,
+    sympy.Mul: mul,
+    FloorDiv: floordiv,
+    Min: torch.sym_min,
+    Max: torch.sym_max,
+}
 
 
 def _as_tensor(value: Any) -> Tensor | None:

@@ -165,7 +165,9 @@ def _places(graph: TokenGraph, outcomes: Sequence[Outcome], otherwise: str) -> l
         outcome = by_site.get(site.node)
         reason = outcome.reason if outcome else site.reason if layer is None else otherwise
         applies = bool(outcome and outcome.applied)
-        counts = [str(c) for c in (outcome.before, outcome.after)] if outcome and applies else ["", ""]
+        reason = "" if applies else reason
+        counts = [outcome.before, outcome.after] if outcome and applies else [None, None]
+        counts = ["" if count is None else str(count) for count in counts]
         places.append({"site": site.index, "layer": layer, "applies": applies, "reason": _one_line(reason)})
         places[-1] |= {"tokens_in": counts[0], "tokens_out": counts[1]}
     return places

@@ -136,6 +136,6 @@ def layer_lines(graph: TokenGraph) -> dict[str, int]:
 def _after(tokens: int | None, outcome: Outcome) -> int | None:
     if isinstance(outcome.after, int):
         return outcome.after
-    if tokens is None or outcome.rule is None:
-        return None
-    return int(outcome.rule.out(tokens))
+    if tokens is None or outcome.after is None:  # sparse attention takes no token out
+        return tokens
+    return None if outcome.rule is None else int(outcome.rule.out(tokens))

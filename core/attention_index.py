@@ -1,0 +1,73 @@
+"""What a sparse attention method sees (`Heads`) and what it answers (`AttentionIndex`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARES = ("layer", "kv", "query")
+
+
+@dataclass(frozen=True)
+class AttentionIndex:
+    """Which keys every query reads: the one currency of sparse attention.
+
+    Queries come in rows of `rows` neighbours that share a list, R = ceil(N / rows) of them.  A query reads, of what
+    causality lets it see, its row's tiles and columns, the first `sink` keys, and the keys less than `local` tokens
+    away; the first `first` and the last `last` tokens read every key.  All places count real tokens only.
+
+    tiles    [B, S, R, T]  int32  first key of tiles `width` keys wide, anywhere but not overlapping; -1: unused
+    columns  [B, S, R, C]  int32  single keys outside the tiles; -1: unused
+    share    who has a list of its own: "layer" (S = 1), "kv" (S = key heads), "query" (S = query heads)
+    """
+
+    rows: int
+    width: int = 1
+    tiles: Tensor | None = None
+    columns: Tensor | None = None
+    share: str = "layer"
+    sink: int = 0
+    local: int = 0
+    first: int = 0
+    last: int = 0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One attention site as a method sees it.  B batch, H query heads, Hk key heads, N tokens, D head size.
+
+    queries, keys, values  as attention used them (rotated), real tokens first in every row
+    lengths                [B] int64 real tokens of each row; None: N
+    layer, layers          0-based index of the layer, and their number
+    """
+
+    queries: Tensor  # [B, H, N, D]
+    keys: Tensor  # [B, Hk, N, D]
+    values: Tensor  # [B, Hk, N, D]
+    lengths: Tensor | None
+    scale: float
+    causal: bool
+    softcap: float | None
+    layer: int
+    layers: int
+    _before_rope: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def keys_before_rope(self) -> Tensor:
+        """[B, Hk, N, D] before rotary position embedding; `keys` in models without it."""
+        return self.keys if self._before_rope is None else self._before_rope()
+
+    @property
+    def tokens(self) -> Any:
+        """N, an int or a SymInt."""
+        return self.queries.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return int(self.queries.shape[1]) // int(self.keys.shape[1])

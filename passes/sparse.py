@@ -1,0 +1,125 @@
+"""`SparseAttention`: the base of every method that lets each query read few keys.
+
+A method is a frozen dataclass with one function, `index`, on plain tensors.  The compiler traces it and splices it in
+before the attention of every chosen layer, whose node becomes attention over the index.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels as kernels  # registers the ops
+from ..attention_index import AttentionIndex, Heads
+from ..errors import BadParameter
+from ..graph import Site, TokenGraph
+from ..op import OPS
+from ..rewrite import Options, Pass, Result
+from .layer_choice import chosen_layers, read_layers
+
+UNDERSTOOD = ("full", "padding", "causal")  # kinds of mask that causality and the number of real tokens say whole
+
+
+@dataclass(frozen=True)
+class SparseAttention(Pass):
+    """Fewer keys per query in some layers; no token leaves.
+
+    Args:
+        layers: layer indices (0-based, negative from the end); all of them by default.
+    """
+
+    family: ClassVar[str] = "sparse"
+    bidirectional: ClassVar[bool] = False  # whether it also means something where tokens see later ones
+
+    layers: Any = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", read_layers(self.layers, self.name))
+
+    @abstractmethod
+    def index(self, heads: Heads) -> AttentionIndex:
+        """Decide which keys each query reads.  Traced: plain torch, no branch on data."""
+
+    def attend(self, heads: Heads) -> Tensor:
+        """The attention's result [B, H, N, D]; a method whose attention is more than an index has its own."""
+        index = self.index(heads)
+        return torch.ops.tamis.block_sparse_attention(
+            heads.queries,
+            heads.keys,
+            heads.values,
+            index.tiles,
+            index.columns,
+            heads.lengths,
+            index.share,
+            index.rows,
+            index.width,
+            index.sink,
+            index.local,
+            index.first,
+            index.last,
+            heads.scale,
+            heads.causal,
+            heads.softcap,
+        )
+
+    @classmethod
+    @abstractmethod
+    def full(cls, tokens: int) -> SparseAttention:
+        """The method with so large a budget that attention over at most `tokens` tokens is dense."""
+
+    @property
+    def reads(self) -> str:
+        """What a query reads, for the report."""
+        return "reads the keys of its index"
+
+    def require(self, **rules: tuple[str, bool]) -> None:
+        """Raise BadParameter for the first parameter, by name, whose rule (a sentence) does not hold."""
+        for name, (rule, holds) in rules.items():
+            if not holds:
+                got = repr(getattr(self, name))
+                raise BadParameter(where=self.name, name=name, rule=rule, got=got, hint="see --list-passes.")
+
+    def why_not(self, graph: TokenGraph) -> str:
+        """Why this method cannot run on the graph; "" when it can."""
+        if not graph.layers:
+            return "no token stream was found"
+        made = {op.call for op in OPS.values() if not op.captured}
+        captured = {site.node for site in graph.sites}
+        if any(node.target in made and node.name not in captured for node in graph.graph.nodes):
+            return "the model was rewritten before; name all passes in one recipe for the original"
+        reasons = [self.why_not_at(graph.sites[layer.site]) for layer in graph.layers]
+        return reasons[0] if all(reasons) else ""
+
+    def why_not_at(self, site: Site) -> str:
+        """Why the method cannot run at one attention site; "" when it can."""
+        if site.role != "stream":
+            return site.reason or f"its attention is no self-attention of the stream ({site.role})"
+        if site.cached:
+            return "attention continues a key-value cache, which the index does not cover"
+        if site.mask.kind == "window":
+            return f"attention has a window of its own, {site.mask.window}"
+        if site.mask.kind not in UNDERSTOOD:
+            return "attention adds a mask or bias that is neither causal nor padding, which an index cannot say"
+        if not (site.hides_later or self.bidirectional):
+            return "attention sees later tokens too, and the method is made for causal attention"
+        return ""
+
+    def apply(self, graph: TokenGraph, options: Options) -> Result:
+        """Rewrite with this method alone."""
+        return self.apply_together([self], graph, options)
+
+    @classmethod
+    def apply_together(cls, passes: Sequence[Pass], graph: TokenGraph, options: Options) -> Result:
+        """Rewrite with all methods in one re-execution; of two that name a layer, the later one has it."""
+        from .sparse_rewrite import sparsify
+
+        return sparsify(graph, [one for one in passes if isinstance(one, SparseAttention)])
+
+    def selected(self, layers: int) -> list[int]:
+        """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
+        return chosen_layers(range(layers) if self.layers is None else self.layers, layers, self.name)
