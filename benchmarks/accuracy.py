@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,15 @@ SEEDS = (0, 1, 2)
 PACKAGES = ("torch", "timm", "transformers", "scikit-learn", "numpy")
 
 
-def measure(task: Any, prepared: Any, groups: tuple[int, ...], only: list[str]) -> dict[str, Any]:
-    """Dense scores and one row per method and level; `groups` are the series of data that the task has."""
-    from reductions import KEEP_RATIOS, extent, levels, methods
+def measure(
+    task: Any, prepared: Any, groups: tuple[int, ...], only: list[str], parts: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Dense scores and one row per method and level.
+
+    groups  the series of data that the task has
+    parts   what was trained for this model, by the method's name
+    """
+    from reductions import KEEP_RATIOS, extent, levels, methods, parts_of
 
     from tamis.errors import TamisError
 
@@ -43,7 +50,8 @@ def measure(task: Any, prepared: Any, groups: tuple[int, ...], only: list[str]) 
             continue
         try:
             ratios = () if cls.own_count else KEEP_RATIOS
-            chosen = levels(lambda share, cls=cls: cls(**extent(cls, share, depth)), prepared, ratios)
+            own = parts_of(cls, parts)
+            chosen = levels(lambda share, cls=cls, own=own: cls(**extent(cls, share, depth), **own), prepared, ratios)
         except TamisError as error:
             rows.append({"method": cls.name, "refused": str(error)})
             continue
@@ -110,12 +118,13 @@ def digits(scenes: int, only: list[str]) -> dict[str, Any]:
     import hashlib
 
     from digits.model import WEIGHTS
+    from digits.parts import PARTS
     from digits.task import Digits
 
     from tamis.runtime.api import prepare
 
     task = Digits(scenes)
-    found = measure(task, prepare(task.model, (task.example(),)), SEEDS, only)
+    found = measure(task, prepare(task.model, (task.example(),)), SEEDS, only, PARTS)
     return {"scenes": scenes, "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), **found}
 
 
@@ -126,7 +135,7 @@ def retrieval(only: list[str]) -> dict[str, Any]:
     from tamis.runtime.api import prepare
 
     task = Retrieval()
-    found = measure(task, prepare(task.model, (), task.example()), (0,), only)
+    found = measure(task, prepare(task.model, (), task.example()), (0,), only, {})
     return {"paragraphs": PARAGRAPHS, "example_tokens": task.example()["input_ids"].shape[1], **found}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tamis.counts import CountRule
@@ -13,6 +15,7 @@ from tamis.passes.reduction import TokenReduction
 from tamis.registry import origin_of, registered_passes
 from tamis.rewrite import Pipeline
 from tamis.runtime.api import Options, Prepared, build
+from tamis.weights import TrainedPass
 
 KEEP_RATIOS = (0.9, 0.7, 0.5)
 FLOPS = (0.8, 0.6, 0.4)  # of the dense model's
@@ -65,6 +68,13 @@ def extent(cls: type[TokenReduction], share: float, depth: int) -> dict[str, Any
     That is the keep ratio or, where a method has a count of its own, the one layer at which it acts.
     """
     return {"layers": [min(depth - 1, int(share * depth))]} if cls.own_count else {"keep_ratio": share}
+
+
+def parts_of(cls: type[TokenReduction], parts: Mapping[str, Path]) -> dict[str, Any]:
+    """The parameter with which a trained method gets its tensors for a model: a file, or None, which it refuses."""
+    if not issubclass(cls, TrainedPass):
+        return {}
+    return {"weights": os.path.relpath(parts[cls.name]) if cls.name in parts else None}
 
 
 def levels(

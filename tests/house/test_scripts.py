@@ -77,7 +77,10 @@ def test_an_active_environment_without_tamis_is_left_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "name",
-    ["scripts/test", "scripts/demo", "scripts/train_digits_vit", "scripts/typecheck", "scripts/gpu_check", ".ci/run"],
+    [
+        *("scripts/test", "scripts/demo", "scripts/train_digits_vit", "scripts/train_digits_parts"),
+        *("scripts/typecheck", "scripts/gpu_check", ".ci/run"),
+    ],
 )
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
