@@ -49,7 +49,7 @@ def measure(
         if only and cls.name not in only:
             continue
         try:
-            ratios = () if cls.own_count else KEEP_RATIOS
+            ratios = () if cls.own_count is True else KEEP_RATIOS
             own = parts_of(cls, parts)
             chosen = levels(lambda share, cls=cls, own=own: cls(**extent(cls, share, depth), **own), prepared, ratios)
         except TamisError as error:

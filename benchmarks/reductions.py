@@ -67,7 +67,7 @@ def extent(cls: type[TokenReduction], share: float, depth: int) -> dict[str, Any
 
     That is the keep ratio or, where a method has a count of its own, the one layer at which it acts.
     """
-    return {"layers": [min(depth - 1, int(share * depth))]} if cls.own_count else {"keep_ratio": share}
+    return {"layers": [min(depth - 1, int(share * depth))]} if cls.own_count is True else {"keep_ratio": share}
 
 
 def parts_of(cls: type[TokenReduction], parts: Mapping[str, Path]) -> dict[str, Any]:
