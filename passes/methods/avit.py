@@ -99,4 +99,4 @@ def channel_gate(layers: int, width: int, scale: float, centre: float) -> dict[s
     """Weights of the published gate, sigmoid(scale * x_0 - centre) everywhere (A-ViT-T: 10, 30; A-ViT-S: 10, 75)."""
     weight = torch.zeros(layers - 1, width)
     weight[:, 0] = scale
-    return {"gate.weight": weight, "gate.bias": torch.full((layers - 1,), -centre)}
+    return {"gate.weight": weight, "gate.bias": torch.full((layers - 1,), -float(centre))}

@@ -141,6 +141,7 @@ def test_where_too_many_run_the_most_nearly_done_leave():
 
 def test_the_published_gate_reads_channel_0():
     weights = channel_gate(3, 4, scale=10, centre=30)
+    assert all(value.dtype == torch.float32 for value in weights.values())
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     for layer in range(2):
         gate = x @ weights["gate.weight"][layer] + weights["gate.bias"][layer]
