@@ -78,8 +78,8 @@ def flops(y: Any, x: Any, *_: Any, **__: Any) -> int:
 
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests: several, one and no source per slot, spare entries, a mean of zero."""
-    *plan, weight = drawn_plan(2, 67, 31, 13)
-    yield merged_tokens(*plan, weight, None)[0], *plan
+    x, slot, leader, moved, weight = drawn_plan(2, 67, 31, 13)
+    yield merged_tokens(x, slot, leader, moved, weight, None)[0], x, slot, leader, moved
     x, slot, leader, moved, weight = sample_plan()
     opposite = x.clone()
     opposite[0, 3], opposite[0, 4], opposite[1, 3], opposite[1, 4] = -x[0, 1], 0, 2.5, -2.5

@@ -42,7 +42,6 @@ class CLCA(TokenReduction):
     always: ClassVar[bool] = True
     grows: ClassVar[bool] = True
     own_count: ClassVar[bool] = True
-    own_count: ClassVar[bool] = True
 
     def default_layers(self, layers: int) -> Sequence[int]:
         """Layers 3, 6, 9 and 10 of 12, as published."""
