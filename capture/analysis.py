@@ -13,6 +13,7 @@ from ..errors import NoAttention, NoTokenStream, TamisError, UnknownAttention, W
 from ..graph import Mask, Site, TokenGraph, module_path, source_line
 from ..onnx_errors import OpaqueInTheWay
 from ..opaque import carried_in
+from ..stream_errors import PackedBatch
 from .closure import ancestors
 from .identity import structure_hash
 from .prefix import find_grid, find_prefix
@@ -23,6 +24,7 @@ from .sizes import same
 from .stream import find_layers
 
 aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
 REGROUPS = (aten.view.default, aten.reshape.default, aten.permute.default, aten.flatten.using_ints)
 
 
@@ -33,9 +35,10 @@ def analyse(program: ExportedProgram, name: str = "model", *, any_model: bool = 
         NoAttention, UnknownAttention: there is no attention at all, or none that was recognised.
         WindowedAttention: attention runs inside windows of a regrouped batch (Swin).
         NoTokenStream: no stream of tokens [B, N, C] runs through the attention sites.
+        PackedBatch: the stream has one row, which holds the tokens of all images.
         OpaqueInTheWay: one of these, and the program carries operators of an ONNX file that have no form in torch.
     """
-    sites, layers = find_layers(program.graph, find_sites(program))
+    sites, layers = find_layers(program, find_sites(program))
     graph = TokenGraph(program, sites, layers, name=name, source_hash=structure_hash(program))
     if not layers and not any_model:
         error = _why_no_stream(graph) if sites else _why_no_attention(program, name)
@@ -48,9 +51,22 @@ def analyse(program: ExportedProgram, name: str = "model", *, any_model: bool = 
         _node(graph, layers[0].before_attention),
         _node(graph, layers[-1].after_block or layers[-1].after_attention),
     )
+    _refuse_packed(graph, start)
     warn_of_draws(program, name)
     prefix, class_token = find_prefix(program, start, end)
     return replace(graph, prefix=prefix, class_token=class_token, grid=find_grid(start, prefix))
+
+
+def _refuse_packed(graph: TokenGraph, start: fx.Node) -> None:
+    """Raise PackedBatch for one row that holds the tokens of several images."""
+    batch, tokens = start.meta["val"].shape[:2]
+    for node in ancestors(start) if isinstance(batch, int) and batch == 1 else ():
+        if node.target in CONVOLUTIONS and not any(same(node.meta["val"].shape[0], size) for size in (1, tokens)):
+            site = graph.sites[graph.layers[0].site]
+            where = f" ({site.source})" if site.source else ""
+            raise PackedBatch(
+                model=graph.name, node=site.module or site.node, where=where, images=node.meta["val"].shape[0]
+            )
 
 
 def without_tables(graph: TokenGraph) -> TokenGraph:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from ..graph import Layer, Site
 from ..opaque import listed, opaque_of
 from .closure import ancestors, descendants
+from .masks import user_inputs
 from .nodes import MOVES, RESHAPES, op_of
 from .quantizers import after_rounding, is_weight
 from .rotation import keys_before_rotation
@@ -26,13 +28,18 @@ CARRY |= {"aten.select", "aten.slice"}  # what hands keys on without changing th
 ROOM = {"aten.pad", "aten.constant_pad_nd"}  # what makes a cache longer
 
 
-def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
+LEARNED = "its tokens are learned queries, which no input of the model says anything of: each stands for one answer"
+
+
+def find_layers(program: ExportedProgram, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
     """The sites with their roles, and the layers of the stream in order.
 
     A site is on a stream when its result is added to a value [B, N, C] it was computed from, with the same tokens.  Of
-    several streams the one that is not causal and has most layers is taken, the first of equals.  Sites whose results
-    meet before the add (differential attention) are one layer, that of the first.
+    several streams the one that is not causal and has most layers is taken, the first of equals; never one that starts
+    from weights alone (the queries of a detector's decoder).  Sites whose results meet before the add (differential
+    attention) are one layer, that of the first.
     """
+    graph = program.graph
     by_name = {node.name: node for node in graph.nodes}
     order = {node: i for i, node in enumerate(graph.nodes)}
     found: list[tuple[Site, Residual]] = []
@@ -44,9 +51,13 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
         else:
             judged.append(replace(site, role="stream", cached=residual.cached))
             found.append((judged[-1], residual))
-    found = _deepest(graph, found)
+    streams, given = _streams(graph, found), set(user_inputs(program))
+    learned = [s for s in streams if given.isdisjoint(ancestors(s[0][1].stream, through_sizes=False))]
+    queries = {site.index for stream in learned for site, _ in stream}
+    found = _deepest([stream for stream in streams if stream not in learned])
     mine = {site.index for site, _ in found}
     found = [layer for i, layer in enumerate(found) if layer[1].add not in [other[1].add for other in found[:i]]]
+    judged = [replace(site, role="other", reason=LEARNED) if site.index in queries else site for site in judged]
     judged = [
         _of_another_stream(site, found, by_name) if site.role == "stream" and site.index not in mine else site
         for site in judged
@@ -60,13 +71,18 @@ def find_layers(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Site, .
     return tuple(_with_keys_before_rope(judged, by_name, order, found)), tuple(layers)
 
 
-def _deepest(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[tuple[Site, Residual]]:
-    """The layers of one stream."""
+def _streams(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[list[tuple[Site, Residual]]]:
+    """The layers of every stream."""
     streams = []
     while found:
         reached = reached_in_place(graph, found[0][1].stream)
         streams.append([layer for layer in found if layer[1].stream in reached])
         found = [layer for layer in found if layer[1].stream not in reached]
+    return streams
+
+
+def _deepest(streams: list[list[tuple[Site, Residual]]]) -> list[tuple[Site, Residual]]:
+    """The layers of one stream."""
     return max(streams, key=lambda layers: (not layers[0][0].hides_later, len(layers)), default=[])
 
 
@@ -133,6 +149,8 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             value = outside[0].meta["val"]
             if value.dim() != 3:
                 return f"its residual {outside[0].name} has {value.dim()} axes, not batch, tokens, channels"
+            if same(value.shape[0], tokens) and not same(value.shape[1], tokens):
+                return f"its residual {outside[0].name} has its tokens in front of the batch"
             cached = not same(tokens, keys) and _behind_cache(k, tokens)
             if not (same(value.shape[1], tokens) and (same(tokens, keys) or cached)):
                 return f"queries ({tokens}), keys ({keys}) and residual ({value.shape[1]}) are not the same tokens"
