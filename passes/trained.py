@@ -22,7 +22,9 @@ def with_trained(
     Raises:
         WeightsMismatch: a method's tensors are not those it needs at its layers of this model.
     """
-    trained = {id(one): (node, one) for node, at in placed.items() for _, one in at if isinstance(one, TrainedPass)}
+    trained: dict[int, tuple[str, Any]] = {
+        id(one): (node, one) for node, at in placed.items() for _, one in at if isinstance(one, TrainedPass)
+    }
     found: dict[int, dict[str, str]] = {}
     stems: dict[tuple[str, str], tuple[str, dict[str, str]]] = {}  # methods that differ in parameters share tensors
     for method_id, (node, method) in trained.items():
