@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tamis.passes.properties import (
     SET_FREE,
 )
 from tamis.passes.reduction import TokenReduction, most_removable
-from tamis.registry import registered_passes
+from tamis.registry import origin_of, registered_passes
 
 METHODS = reductions()
 BY_AMOUNT = [name for name, cls in METHODS.items() if not cls.own_count]  # on any number of tokens
@@ -259,6 +260,11 @@ def test_half_types_decide_as_float32_where_the_margin_is_wide(name: str, dtype:
     assert wide >= 2
 
 
-def test_the_matrix_speaks_of_every_pass() -> None:
-    """Passes that are no token reductions have matrices of their own."""
-    assert {cls.family for cls in registered_passes().values()} == {"reduction"}
+def test_passes_outside_of_the_matrix_are_tested_by_name_elsewhere() -> None:
+    """Those that only let tokens in or hold inside a sub-layer; sparse ones are tested as a family of their own."""
+    folder = Path(__file__).parent / "passes"
+    outside = [cls for name, cls in registered_passes().items() if name not in METHODS and origin_of(cls) == "tamis"]
+    for cls in (one for one in outside if one.family != "sparse"):
+        assert not issubclass(cls, TokenReduction) or cls.grows, f"{cls.name} has no cells"
+        file = folder / f"test_{cls.__module__.rpartition('.')[2]}.py"
+        assert cls.__name__ in file.read_text(), f"{file.name} says nothing of {cls.__name__}"
