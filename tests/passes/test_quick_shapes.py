@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -34,7 +35,7 @@ def described(results):
 
 def answer(function, *args):
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with torch.no_grad(), mode:
+    with torch.no_grad(), enable_python_dispatcher(), mode:
         return described(function(*fakes(mode, *args)))
 
 
