@@ -46,12 +46,13 @@ class SeenByTwo(TokenReduction):
 
 @dataclass(frozen=True)
 class Alike(TokenReduction):
-    """Merge tokens that receive alike over the heads, and that two tokens see alike."""
+    """Merge tokens that receive alike over the heads, by sum and by sum of squares, and that two tokens see alike."""
 
     causal: bool = True
 
     def plan(self, tokens: Tokens) -> Plan:
-        return match_plan(tokens, (tokens.attention.received() + seen_by_two(tokens)).transpose(1, 2))
+        received = tokens.attention.received() + 0.3 * tokens.attention.matrix().square().sum(2)
+        return match_plan(tokens, (received + seen_by_two(tokens)).transpose(1, 2))
 
 
 def seen_by_two(tokens: Tokens) -> torch.Tensor:

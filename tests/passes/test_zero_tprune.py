@@ -170,9 +170,10 @@ MODELS = [
     ("vit_mean", {"r": 9, "grouping": "none", "similar": 5, "iterations": 3, "vmin": 0.2, "vmax": 0.5}),
     ("deit_distilled", {"keep_ratio": 0.6, "init": "cls", "iterations": 2}),
     ("deit_distilled", {"keep_ratio": 0.7, "grouping": "sequential_i", "similar": 100}),
+    ("deit_distilled", {"r": 6, "similar": 0, "iterations": {0: 4}}),
     ("dinov2_reg4", {"keep_ratio": 0.6, "grouping": "alternate", "vmax": 2.0}),
-    ("beit", {"keep_ratio": 0.6, "similar": 0, "iterations": [4, 1]}),
-    ("bert", {"keep_ratio": 0.6, "init": "cls"}),
+    ("beit", {"keep_ratio": 0.6, "iterations": [4, 1]}),
+    ("bert", {"keep_ratio": 0.6, "init": "cls", "iterations": 1}),
     ("bert", {"r": 4, "grouping": "random", "seed": 3, "similar": 2, "iterations": 6}),
 ]
 
