@@ -272,5 +272,6 @@ BLOCK_SPARSE_ATTENTION = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
+        triton="block_sparse_attention",
     )
 )

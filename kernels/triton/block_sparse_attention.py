@@ -1,0 +1,247 @@
+"""The kernel of `block_sparse_attention`: one program per row of queries goes over the keys that its lists name.
+
+Where several query heads share a list, a program takes as many of them as fit, so that what it loads serves them all.
+The sinks come first, then the row's tiles, its columns, gathered one by one, and the nearest keys; a running maximum
+and sum join them (Milakov and Gimelshein 2018, arXiv 1805.02867).  Rows at the end, which read most where attention is
+causal, start first.  Tokens that read everything are a second launch over the same output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .architecture import Architecture
+from .attention_tiles import LOG2E, WIDEST, MaybeTensor, capped, keys_of, padded, strides, why_not, with_unit_columns
+from .launch import Launch, Twin, Work
+
+MOST = 128  # queries of a program
+COUNTS = ["tokens", "first", "last", "tile_count", "column_count", "tile_row", "column_row"]
+
+
+@triton.jit
+def meet(
+    mix, total, top, queries, k, v, key, there, seen, scale, cap, k_row, v_row,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
+):  # fmt: skip
+    """Add keys [KEYS], those that are `there`, to the weighted values; `seen` [M, KEYS]: which query reads which."""
+    column, value_column = tl.arange(0, D), tl.arange(0, VALUE_D)
+    place = key.to(tl.int64)[:, None]
+    tile = tl.load(k + place * k_row + column[None, :], mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+    logits = tl.dot(queries, tl.trans(tile), input_precision="ieee")
+    logits = logits * scale if cap is None else capped(logits, scale, cap)
+    logits = tl.where(seen, logits * LOG2E, -float("inf"))
+    highest = tl.maximum(top, tl.max(logits, 1))
+    shift = tl.where(highest == -float("inf"), 0.0, highest)  # a query that has read nothing yet has no maximum
+    weights = tl.exp2(logits - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    inside = there[:, None] & (value_column < VALUE_WIDTH)[None, :]
+    values = tl.load(v + place * v_row + value_column[None, :], mask=inside, other=0.0)
+    mix = tl.dot(weights.to(values.dtype), values, mix * shrink[:, None], input_precision="ieee")
+    return mix, total * shrink + tl.sum(weights, 1), highest
+
+
+@triton.jit
+def fresh(key, query, SINK: tl.constexpr, LOCAL: tl.constexpr):
+    """Which of the listed keys are not read as sinks or as nearest ones already, [M, KEYS]."""
+    return (key >= SINK)[None, :] & (tl.abs(query[:, None] - key[None, :]) >= LOCAL)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def block_sparse_kernel(
+    q, k, v, out, tiles, columns, lengths, tokens, first, last, tile_count, column_count, group, sets, scale, cap,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    tile_batch, tile_set, tile_row, column_batch, column_set, column_row,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
+    ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
+    SINK: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, H / PACK, B).  SPAN: keys of a tile.  DENSE: rows are the first and last tokens, and read all."""
+    row, pack, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.num_programs(0) - 1 - row
+    member, entry = tl.arange(0, M), tl.arange(0, KEYS)
+    head = (pack * PACK + member // ROWS).to(tl.int64)
+    query = row * ROWS + member % ROWS
+    end = tokens
+    if lengths is not None:
+        end = tl.minimum(tl.load(lengths + batch), tokens).to(tl.int32)
+    there = member < PACK * ROWS
+    if DENSE:
+        there = there & (query < first + last)
+        query = tl.where(query < first, query, end - last + query - first)
+        there = there & (query >= 0)
+    there = there & (query < (tokens if not DENSE else end))
+    d, value_d = tl.arange(0, D), tl.arange(0, VALUE_D)
+    place = q + batch * q_batch + head[:, None] * q_head + query.to(tl.int64)[:, None] * q_row + d[None, :]
+    queries = tl.load(place, mask=there[:, None] & (d < WIDTH)[None, :], other=0.0)
+    shared = (pack * PACK // group).to(tl.int64)
+    k += batch * k_batch + shared * k_head
+    v += batch * v_batch + shared * v_head
+    reads = there & (query < end)
+    bound = tl.where(reads, end - 1, -1)  # the last key that a query may read
+    if CAUSAL:
+        bound = tl.minimum(bound, query)
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    mix = tl.zeros([M, VALUE_D], tl.float32)
+    stop = tl.max(bound, 0) + 1
+    if DENSE:
+        for start in range(0, stop, KEYS):
+            key = start + entry
+            mix, total, top = meet(
+                mix, total, top, queries, k, v, key, key < stop, key[None, :] <= bound[:, None], scale, cap,
+                k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+            )  # fmt: skip
+    else:
+        for start in range(0, tl.minimum(stop, SINK), KEYS):
+            key = start + entry
+            seen = (key < SINK)[None, :] & (key[None, :] <= bound[:, None])
+            mix, total, top = meet(
+                mix, total, top, queries, k, v, key, key < tl.minimum(stop, SINK), seen, scale, cap,
+                k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+            )  # fmt: skip
+        owner = pack * PACK * sets // (tl.num_programs(1) * PACK)
+        if tiles is not None:
+            tiles += batch * tile_batch + owner * tile_set + tl.cast(row, tl.int64) * tile_row
+            for slot in range(0, tile_count):
+                begin = tl.load(tiles + slot)
+                if begin >= 0:
+                    for start in range(begin, tl.minimum(begin + SPAN, stop), KEYS):
+                        key = start + entry
+                        held = key < tl.minimum(begin + SPAN, stop)
+                        seen = held[None, :] & (key[None, :] <= bound[:, None]) & fresh(key, query, SINK, LOCAL)
+                        mix, total, top = meet(
+                            mix, total, top, queries, k, v, key, held, seen, scale, cap,
+                            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+                        )  # fmt: skip
+        if columns is not None:
+            columns += batch * column_batch + owner * column_set + tl.cast(row, tl.int64) * column_row
+            for start in range(0, column_count, KEYS):
+                key = tl.load(columns + start + entry, mask=start + entry < column_count, other=-1)
+                held = (key >= 0) & (key < stop)
+                seen = held[None, :] & (key[None, :] <= bound[:, None]) & fresh(key, query, SINK, LOCAL)
+                mix, total, top = meet(
+                    mix, total, top, queries, k, v, key, held, seen, scale, cap,
+                    k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+                )  # fmt: skip
+        if LOCAL > 0:
+            begin = tl.maximum(row * ROWS - LOCAL + 1, 0)
+            for start in range(begin, tl.minimum(row * ROWS + ROWS + LOCAL, stop), KEYS):
+                key = start + entry
+                near = (key >= SINK)[None, :] & (tl.abs(query[:, None] - key[None, :]) < LOCAL)
+                seen = near & (key[None, :] <= bound[:, None])
+                mix, total, top = meet(
+                    mix, total, top, queries, k, v, key, key < stop, seen, scale, cap,
+                    k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+                )  # fmt: skip
+    mix = mix / tl.where(total == 0, 1.0, total)[:, None]  # a query that reads nothing gets zeros
+    place = out + batch * out_batch + head[:, None] * out_head + query.to(tl.int64)[:, None] * out_row
+    inside = there[:, None] & (value_d < VALUE_WIDTH)[None, :]
+    tl.store(place + value_d[None, :], mix.to(out.dtype.element_ty), mask=inside)
+
+
+def work(
+    architecture: Architecture,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: MaybeTensor,
+    columns: MaybeTensor,
+    lengths: MaybeTensor,
+    share: str,
+    rows: int,
+    width: int,
+    sink: int,
+    local: int,
+    first: int,
+    last: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+) -> Work:
+    """One launch, and one for the tokens that read everything."""
+    batch, heads, tokens, size = q.shape
+    q, k, v, tiles, columns = (with_unit_columns(x) for x in (q, k, v, tiles, columns))
+    lengths = None if lengths is None else lengths.contiguous()
+    out = q.new_empty((batch, tokens, heads, v.shape[3])).transpose(1, 2)
+    arguments: dict[str, Any] = {
+        **{"q": q, "k": k, "v": v, "out": out, "tiles": tiles, "columns": columns, "lengths": lengths},
+        **{"tokens": tokens, "first": first, "last": last, "group": heads // k.shape[1]},
+        **{"tile_count": 0 if tiles is None else tiles.shape[3]},
+        **{"column_count": 0 if columns is None else columns.shape[3]},
+        **{"sets": {"layer": 1, "kv": k.shape[1], "query": heads}[share], "scale": scale, "cap": softcap},
+        **strides("q", q, "batch", "head", "row"),
+        **strides("k", k, "batch", "head", "row"),
+        **strides("v", v, "batch", "head", "row"),
+        **strides("out", out, "batch", "head", "row"),
+        **strides("tile", tiles, "batch", "set", "row"),
+        **strides("column", columns, "batch", "set", "row"),
+    }
+    config = architecture.config("block_sparse_kernel", *keys_of(max(size, v.shape[3]), q))
+    widths = {"WIDTH": size, "VALUE_WIDTH": v.shape[3], "D": padded(size), "VALUE_D": padded(v.shape[3])}
+    launches = []
+    for dense in (False, True):
+        if dense and not first + last:
+            continue
+        most = MOST // 2 if q.element_size() == 4 else MOST
+        pack = 1 if share == "query" else _pack(heads // k.shape[1], rows, most)
+        constants = {
+            **{"ROWS": rows, "PACK": pack, "M": max(16, triton.next_power_of_2(pack * rows)), "SPAN": width},
+            **{"SINK": sink, "LOCAL": local, "CAUSAL": causal, "DENSE": dense},
+        }
+        many = triton.cdiv(first + last if dense else tokens, rows)
+        launches.append(
+            Launch(block_sparse_kernel, (many, heads // pack, batch), arguments, config.having(**widths, **constants))
+        )
+    return launches, out
+
+
+def _pack(group: int, rows: int, most: int) -> int:
+    """Query heads of a group that one program takes: the most that divide it and fit."""
+    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * rows <= most))
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
+    """Other number types and head sizes, and rows of too many queries: half as many in float32, and half as wide."""
+    rows, wide = rest[4], q.element_size() == 4
+    most, width = (MOST // 2, WIDEST // 2) if wide else (MOST, WIDEST)
+    if reason := why_not(q, k, v):
+        return reason
+    if max(q.shape[3], v.shape[3]) > width:
+        return f"in float32 the kernel takes head sizes up to {width}, not {max(q.shape[3], v.shape[3])}"
+    return "" if rows <= most else f"the kernel takes rows of up to {most} queries of {q.dtype}, not {rows}"
+
+
+def examples() -> Iterator[tuple[Any, ...]]:
+    """A Llama's prompt: tiles shared by a group, tiles and columns of each head, a window with sinks; float32."""
+    q, k = (torch.empty(1, heads, 8192, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    tiles = torch.empty(1, 8, 64, 16, dtype=torch.int32, device="meta")
+    yield q, k, k, tiles, None, None, "kv", 128, 128, 0, 0, 0, 0, 0.1, True
+    listed, single = (torch.empty(1, 32, 128, n, dtype=torch.int32, device="meta") for n in (40, 1000))
+    yield (
+        q,
+        k,
+        k,
+        listed,
+        single,
+        torch.empty(1, dtype=torch.int64, device="meta"),
+        "query",
+        64,
+        64,
+        0,
+        0,
+        0,
+        0,
+        0.1,
+        True,
+    )
+    small = torch.empty(2, 8, 4096, 64, dtype=torch.float32, device="meta")
+    yield small, small, small, None, None, None, "layer", 64, 1, 4, 1024, 0, 64, 0.1, True
+
+
+TWIN = Twin(work, examples, refuses)
