@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def _grid(model: CompiledModel, tokens: int, image: Tensor) -> tuple[int, int]:
     return grid
 
 
-def _refuse(model: CompiledModel, reason: str, hint: str) -> Any:
+def _refuse(model: CompiledModel, reason: str, hint: str) -> NoReturn:
     raise CannotDraw(where=model.report.name, reason=reason, hint=hint)
 
 
