@@ -78,7 +78,7 @@ class _Finder:
         if q.meta["val"].dim() != 4 or not same(tokens, entry.meta["val"].shape[1]):
             what = f"it attends over {tokens} tokens of which the stream has {entry.meta['val'].shape[1]}"
             return replace(branch, reason=what)
-        return replace(branch, reason=self._leak(entry, out))
+        return replace(branch, reason=why_leaks(between(entry, out), out))
 
     def _meeting(self, attention: fx.Node, above: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
         """The last value of a branch before another value is added to it, and the residual it comes from."""
@@ -87,7 +87,7 @@ class _Finder:
             if node.target in ADDS:
                 inside = [a for a in node.args[:2] if a in below]
                 outside = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in below]
-                if len(inside) == len(outside) == 1 and _are_tokens(node, inside[0], outside[0]):
+                if len(inside) == len(outside) == 1 and are_tokens(node, inside[0], outside[0]):
                     out = out or inside[0]
                     if outside[0] in above:
                         return out, outside[0]  # type: ignore[return-value]
@@ -102,7 +102,7 @@ class _Finder:
         for node in sorted(below & above, key=self.order.__getitem__):
             if op_of(node) in MIXES | CONVOLUTIONS or node in self.sites:
                 break
-            if reach <= self.order[node] and _are_tokens(node, stream):
+            if reach <= self.order[node] and are_tokens(node, stream):
                 entry = node
             reach = max(reach, self._last_user(node, above))
         return entry
@@ -110,21 +110,12 @@ class _Finder:
     def _last_user(self, node: fx.Node, above: set[fx.Node]) -> int:
         return max((self.order[user] for user in node.users if user in above), default=-1)
 
-    def _leak(self, entry: fx.Node, out: fx.Node) -> str:
-        """Why nothing between two values may change its length: because something else reads it."""
-        inside = between(entry, out) - {out}
-        for node in sorted(inside, key=self.order.__getitem__):
-            read = [user for user in node.users if user not in inside and user is not out and _reads_value(user)]
-            if read:
-                return f"its value {node.name} is read outside of it, by {read[0].name}"
-        return ""
-
     def of_products(self) -> list[Branch]:
         """Branches without attention: x + f(x) where f multiplies by weights."""
         found = []
         for node in self.order:
             operands = [a for a in node.args[:2] if isinstance(a, fx.Node)] if node.target in ADDS else []
-            if len(operands) != 2 or not _are_tokens(node, *operands):
+            if len(operands) != 2 or not are_tokens(node, *operands):
                 continue
             for stream, out in (operands, operands[::-1]):
                 inside = between(stream, out)
@@ -136,7 +127,7 @@ class _Finder:
         entry = self._entry(stream, [out])
         inside = between(entry, out)
         mixed = next((one for one in inside if op_of(one) in CONVOLUTIONS), None)
-        reason = f"its node {mixed.name} mixes neighbours" if mixed is not None else self._leak(entry, out)
+        reason = f"its node {mixed.name} mixes neighbours" if mixed is not None else why_leaks(between(entry, out), out)
         return Branch("mlp", stream.name, entry.name, out.name, module=module_path(out), reason=reason)
 
     def with_block(self, branch: Branch, found: list[Branch]) -> Branch:
@@ -160,13 +151,39 @@ def between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
     return descendants(start, through_sizes=False) & (ancestors(end, through_sizes=False) | {end})
 
 
-def _reads_value(user: fx.Node) -> bool:
-    return user.target is not aten.sym_size.int
+def queries_only(graph: TokenGraph, site: Site, start: fx.Node, end: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
+    """What of a layer is computed for each query by itself, from `start` to `end`, and the values that enter it.
+
+    Keys and values, and what they alone are computed from, are outside.
+    """
+    by_name = {node.name: node for node in graph.graph.nodes}
+    keys = {by_name[site.k], by_name[site.v]}
+    beside = keys.union(*(ancestors(one, through_sizes=False) for one in keys))
+    way = between(start, end)
+    inside = way - beside
+    entries = {
+        one
+        for node in inside
+        for one in node.all_input_nodes
+        if one in way | {start} and one not in inside and not (node.name == site.node and one in keys)
+    }
+    order = [node for node in graph.graph.nodes if node in entries and node is not start]
+    return inside, [start, *order]
 
 
-def _are_tokens(*nodes: Any) -> bool:
+def are_tokens(*nodes: Any) -> bool:
     """Whether nodes are values [B, N, C] of one shape."""
     shapes = [value.shape for node in nodes if isinstance(value := node.meta.get("val"), torch.Tensor)]
     return len(shapes) == len(nodes) and all(
         len(shape) == 3 and all(same(a, b) for a, b in zip(shape, shapes[0], strict=True)) for shape in shapes
     )
+
+
+def why_leaks(inside: set[fx.Node], end: fx.Node) -> str:
+    """Why the length of values inside may not change: because something outside reads one; "" when nothing does."""
+    for node in end.graph.nodes:
+        if node in inside and node is not end:
+            read = [user for user in node.users if user not in inside and user.target is not aten.sym_size.int]
+            if read:
+                return f"its value {node.name} is read outside of it, by {read[0].name}"
+    return ""

@@ -7,16 +7,19 @@ from contextlib import nullcontext
 
 from torch import fx
 
-from ..capture.branches import Branch, between, find_branches
+from ..capture.branches import Branch, are_tokens, between, find_branches, queries_only, why_leaks
+from ..capture.closure import ancestors
+from ..capture.masks import user_inputs
 from ..capture.prefix import image_size
 from ..capture.program import rebuild
-from ..graph import TokenGraph
+from ..graph import Mask, TokenGraph
 from ..kernels.symbols import symbolic_counts
 from ..rewrite import Options, Outcome, Result
 from .outputs import with_token_map
-from .regions import Block, Region, RegionInterpreter
+from .regions import Block, Region, RegionInterpreter, Span
 from .retrace import retrace
 from .sub_layers import Place, SubLayerReduction
+from .trained import with_trained
 
 NAMES = {"self": "self-attention", "cross": "cross-attention", "mlp": "MLP"}
 
@@ -29,19 +32,23 @@ def reduce_around(graph: TokenGraph, methods: Sequence[SubLayerReduction], optio
         reason = method.why_not(graph)
         if reason:
             outcomes.append(Outcome(str(method), None, "", False, reason))
-        else:
-            regions += _Placing(graph, method, outcomes).regions(regions)
+    ready = [method for method in methods if not method.why_not(graph)]
+    extended, weights = with_trained(
+        graph, {one.before_attention or "": [(one, m) for m in ready] for one in graph.layers[:1]}
+    )
+    for method in ready:
+        regions += _Placing(extended, method, outcomes).regions(regions)
     if not regions and not options.token_map:
         return Result(graph, tuple(outcomes))
-    interpreter = RegionInterpreter(graph, regions, options)
+    interpreter = RegionInterpreter(extended, regions, options, weights)
     with symbolic_counts() if options.symbolic_counts else nullcontext():
-        module = retrace(graph.program, interpreter.run_all)
+        module = retrace(extended.program, interpreter.run_all)
     outcomes += map(interpreter.outcome_of, regions)
     outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
     if not any(o.applied for o in outcomes) and not options.token_map:
         return Result(graph, tuple(outcomes))
     spec = with_token_map(graph.program) if options.token_map else None
-    program = rebuild(graph.program, module, out_spec=spec)
+    program = rebuild(extended.program, module, out_spec=spec)
     return Result(graph.with_program(program), tuple(outcomes))
 
 
@@ -61,22 +68,52 @@ class _Placing:
         for index in self.method.selected(len(self.blocks)):
             opener = self.blocks[index]
             block = self._block(index, opener)
-            for branch in self._wanted(opener):
-                inside = between(self.by_name[branch.entry], self.by_name[branch.exit])
-                reason = block if isinstance(block, str) else branch.reason
-                if not reason and inside & held:
-                    reason = "tokens are merged around it by another pass or with a sub-layer that shares its nodes"
+            for span in self._wanted(opener):
+                reason = block if isinstance(block, str) else span.reason
+                if not reason and span.inside & held:
+                    reason = "tokens are fewer there by another pass, or in a sub-layer that shares its nodes"
                 if reason:
-                    self.outcomes.append(Outcome(str(self.method), index, self._site(branch), False, reason))
+                    self.outcomes.append(Outcome(str(self.method), index, span.site, False, reason))
                     continue
-                held |= inside
-                ends = self.by_name[branch.entry], self.by_name[branch.exit]
-                kind = NAMES[branch.kind]
-                found.append(Region(block, kind, inside, ends[:1], ends[1], self._site(branch)))
+                assert isinstance(block, Block)
+                held |= span.inside
+                found.append(Region(block, span))
         return found
 
-    def _wanted(self, opener: Branch) -> Iterator[Branch]:
-        return (one for one in self.branches if one.block == opener.site and one.kind in self.method.kinds)
+    def _wanted(self, opener: Branch) -> Iterator[Span]:
+        kinds = self.method.kinds
+        for branch in self.branches:
+            if branch.block == opener.site and branch.kind in kinds:
+                entry, end = self.by_name[branch.entry], self.by_name[branch.exit]
+                yield Span(
+                    NAMES[branch.kind], self._site(branch), between(entry, end), (entry,), end, None, branch.reason
+                )
+        if "block" in kinds:
+            yield self._whole(opener)
+
+    def _whole(self, opener: Branch) -> Span:
+        """A block whose queries alone are fewer; tokens that are none of them pass it by."""
+        assert opener.site is not None
+        site = self.graph.sites[opener.site]
+        layer = next((one for one in self.graph.layers if one.site == opener.site), None)
+        start = self.by_name[opener.stream]
+        if layer is None or layer.after_block is None:
+            why = site.reason if layer is None else "; ".join(layer.notes)
+            return Span("the block", site.node, set(), (start,), start, start, why)
+        end = self.by_name[layer.after_block]
+        inside, entries = queries_only(self.graph, site, start, end)
+        odd = [one.name for one in entries if not are_tokens(one, start)]
+        reason = why_leaks(inside, end)
+        if odd:
+            reason = f"its queries are made together with its keys and values: {odd[0]} is not of the stream's shape"
+        return Span("the block", site.node, inside, tuple(entries), end, start, reason)
+
+    def _padding(self, mask: Mask) -> str:
+        if mask.padded:
+            return "known"
+        node = self.by_name[mask.node] if mask.node is not None and mask.kind == "bias" else None
+        reads = node is not None and ancestors(node, through_sizes=False) & set(user_inputs(self.graph.program))
+        return "unknown" if reads else "none"
 
     def _site(self, branch: Branch) -> str:
         return branch.exit if branch.site is None else self.graph.sites[branch.site].node
@@ -85,7 +122,8 @@ class _Placing:
         """The block that a self-attention opens, or why it has no plan."""
         assert opener.site is not None
         site = self.graph.sites[opener.site]
-        start: fx.Node = self.by_name[opener.stream]
+        first = self.blocks[0] if self.method.from_the_first else opener
+        start: fx.Node = self.by_name[first.stream]
         if site.hides_later:
             return "its attention is causal: a merged token would see ahead"
         place = Place(
@@ -94,7 +132,8 @@ class _Placing:
             start.meta["val"].shape[1],
             self.graph.prefix if site.role == "stream" else 0,
             image_size(self.graph.program),
-            site.mask.padded,
+            self._padding(site.mask),
+            site.role == "stream" and self.graph.grid is not None,
         )
         rule = self.method.rule(place)
         if isinstance(rule, str):

@@ -38,28 +38,43 @@ class Block:
     valid: Tensor | None = None
 
 
-@dataclass(eq=False)
-class Region:
-    """Nodes that run on fewer tokens.
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Nodes of the graph that may run on fewer tokens.
 
+    kind     what they are: "self-attention", "cross-attention", "MLP", "the block"
+    site     what outcomes call them: the node of the attention, or the exit
     inside   the nodes, from the first behind the entries to the exit
     entries  values [B, N, C] outside of it, which enter it reduced
     exit     the value [B, N, C] that leaves it at full length
-    site     what outcomes call it: the node of its attention, or the exit
     passes   value [B, N, C] that dropped tokens leave with; None: zeros
+    reason   why they cannot; "" where they can
     """
 
-    block: Block
     kind: str
+    site: str
     inside: set[fx.Node]
     entries: tuple[fx.Node, ...]
     exit: fx.Node
-    site: str
     passes: fx.Node | None = None
+    reason: str = ""
+
+
+@dataclass(eq=False)
+class Region:
+    """A span that runs on the tokens of its block's plan, with a stream state of its own."""
+
+    block: Block
+    span: Span
     state: StreamState | None = None
     reduced: dict[fx.Node, Tensor] = field(default_factory=dict)
     done: list[fx.Node] = field(default_factory=list)
     given_up: str = ""
+
+    @property
+    def inside(self) -> set[fx.Node]:
+        """The nodes of the span."""
+        return self.span.inside
 
 
 class NeedsAll(Exception):
@@ -69,11 +84,14 @@ class NeedsAll(Exception):
 class RegionInterpreter(ReductionInterpreter):
     """Runs the original graph; every region has a stream state of its own, and other nodes know of none."""
 
-    def __init__(self, graph: TokenGraph, regions: list[Region], options: Options) -> None:
-        super().__init__(graph, {}, options)
+    def __init__(
+        self, graph: TokenGraph, regions: list[Region], options: Options, weights: dict[int, dict[str, str]]
+    ) -> None:
+        super().__init__(graph, {}, options, weights)
         self.regions = regions
         self.region_of = {node: region for region in regions for node in region.inside}
         self.starts: dict[fx.Node, list[Block]] = {}
+        self._kept: dict[tuple[int, fx.Node], dict[str, Tensor]] = {}  # what a plan carries to others of its start
         for block in dict.fromkeys(region.block for region in regions):
             self.starts.setdefault(block.start, []).append(block)
 
@@ -105,55 +123,67 @@ class RegionInterpreter(ReductionInterpreter):
             layers=place.blocks,
             valid=block.valid,
             grid=block.method.grid_of(place),
+            weights={name: self.value_of(node) for name, node in self.weights.get(id(block.method), {}).items()},
+            carried=self._kept.get((id(block.method), block.start), {}),
             _tensors={"positions": state.positions},
         )
-        block.plan = plan_of(block.method, tokens)
+        plan = plan_of(block.method, tokens)
+        assert plan is not None  # these methods all reduce
+        block.plan = plan
+        self._kept[id(block.method), block.start] = {**tokens.carried, **plan.carry}
 
     def _run_inside(self, n: fx.Node, region: Region) -> Any:
         """Run a node with the region's entries reduced; where that fails, the region is given up."""
         if region.state is None:
             self._enter(region)
-        full = {entry: self.env[entry] for entry in region.entries}
+        entries = region.span.entries
+        full = {entry: self.env[entry] for entry in entries}
         self.env.update(region.reduced)
-        self.marks.update(dict.fromkeys(region.entries, Axes((1,), 0, 1)))
+        self.marks.update(dict.fromkeys(entries, Axes((1,), 0, 1)))
         self.state, self.cuts.last = region.state, (str(region.block.method), region.block.place.index)
         reason = ""
         try:
             marked = any(self.marks.get(a) for a in n.all_input_nodes)
             value, mark = self._run_marked(n) if marked else (self._plain(n), None)
-            value = self._leave(region, value, mark) if n is region.exit else value
+            whole = self._leave(region, value, mark) if n is region.span.exit else value
         except (NeedsAll, PositionRead) as need:
             reason = f"{n.name} needs all tokens: {need}" if isinstance(need, NeedsAll) else str(need).split("\n")[0]
         finally:
             self.env.update(full)
-            for entry in region.entries:
+            for entry in entries:
                 del self.marks[entry]
             self.state = None
         if reason:
             return self._give_up(region, n, reason)
-        self.marks[n] = mark
         region.done.append(n)
+        if n is region.span.exit:
+            return self._with_passing(region, whole)
+        self.marks[n] = mark
         return value
 
     def _enter(self, region: Region) -> None:
         plan, valid = region.block.plan, region.block.valid
         assert plan is not None
-        first, *others = (self.env[entry] for entry in region.entries)
+        first, *others = (self.env[entry] for entry in region.span.entries)
         region.state = StreamState(first.shape[0], first.shape[1], valid, first.device)
         values = [region.state.advance(first, plan, size_bias=False)]
         values += [region.state.reduce(value, plan) for value in others]
-        region.reduced = dict(zip(region.entries, values, strict=True))
+        region.reduced = dict(zip(region.span.entries, values, strict=True))
 
     def _leave(self, region: Region, value: Tensor, mark: Mark) -> Tensor:
+        """A value of the region at full length; zeros for tokens that were dropped."""
         if not isinstance(mark, Axes) or mark.dims != (1,) or mark.batch != 0 or mark.start:
             raise NeedsAll("its tokens are not all in axis 1")
         assert region.state is not None
         whole: Tensor = restored_output(value, mark, region.state)
-        if region.passes is None:
+        return whole
+
+    def _with_passing(self, region: Region, whole: Tensor) -> Tensor:
+        """What leaves a region, with what passed it by."""
+        if region.span.passes is None:
             return whole
-        plan = region.block.plan
-        assert plan is not None
-        return torch.where((plan.slot >= 0).unsqueeze(-1), whole, self.env[region.passes])
+        assert region.block.plan is not None
+        return torch.where((region.block.plan.slot >= 0).unsqueeze(-1), whole, self.env[region.span.passes])
 
     def _give_up(self, region: Region, n: fx.Node, reason: str) -> Any:
         """Run what of a region has run once more, with all tokens; what it made before is used by nothing."""
@@ -174,7 +204,7 @@ class RegionInterpreter(ReductionInterpreter):
         block = region.block
         name, index = str(block.method), block.place.index
         if region.given_up:
-            return Outcome(name, index, region.site, False, region.given_up)
+            return Outcome(name, index, region.span.site, False, region.given_up)
         assert block.plan is not None
         counts = count_text(block.place.tokens), count_text(block.plan.out)
-        return Outcome(name, index, region.site, True, "", *counts, block.rule, inside=region.kind)
+        return Outcome(name, index, region.span.site, True, "", *counts, block.rule, inside=region.span.kind)

@@ -29,7 +29,8 @@ class Place:
     prefix  protected leading tokens
     image   rows and columns of what the model's first convolution makes of its input; None: there is none, or the
             input decides
-    padded  whether some tokens may be padding
+    padding "none"; "known": the mask says which tokens are padding; "unknown": it depends on the input in another way
+    encodes whether it is a layer of the model's deepest stream and its tokens are those of an image
     """
 
     index: int
@@ -37,7 +38,8 @@ class Place:
     tokens: Any
     prefix: int = 0
     image: tuple[int, int] | None = None
-    padded: bool = False
+    padding: str = "none"
+    encodes: bool = True
 
     def downsampling(self, image: tuple[int, int]) -> int | None:
         """ceil(sqrt((H*W) // T)) for T unprotected tokens: how much coarser they lie than the image [H, W]."""
@@ -66,6 +68,7 @@ class SubLayerReduction(Pass):
     """
 
     family: ClassVar[str] = "sub-layer"
+    from_the_first: ClassVar[bool] = False  # plans are made from what enters the first block, not each block its own
 
     layers: Any = field(default=None, kw_only=True)
 
@@ -76,7 +79,7 @@ class SubLayerReduction(Pass):
     @property
     @abstractmethod
     def kinds(self) -> frozenset[str]:
-        """Sub-layers that are reduced: "self", "cross" (attention) and "mlp"."""
+        """Sub-layers that are reduced: "self", "cross" (attention) and "mlp"; or "block": its queries, not its keys."""
 
     @abstractmethod
     def rule(self, place: Place) -> CountRule | str:

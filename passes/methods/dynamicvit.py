@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...counts import CountRule, exact, keep_at_most
 from ...registry import register
 from ...tokens import Plan, Tokens
 from ...weights import Shape, TrainedPass
 from ..plans import keep_plan
+from ..predictor import predicted, predictor_shapes
 from ..properties import ORDER_FREE, PRUNING, SCALE_FREE
 from ..reduction import TokenReduction, quarter_layers
+
+PARTS = ("in_conv", "out_conv")  # as in the published checkpoints
 
 
 @register("dynamicvit")
@@ -59,13 +60,7 @@ class DynamicViT(TrainedPass, TokenReduction):
 
     def expected(self, layers: Sequence[int], width: int) -> Mapping[str, Shape]:
         """One scorer per layer."""
-        half, quarter = width // 2, width // 4
-        norm = {"in_conv.0.weight": (width,), "in_conv.0.bias": (width,)}
-        sizes = {"in_conv.1": (width, width), "out_conv.0": (half, width), "out_conv.2": (quarter, half)}
-        linear = {**sizes, "out_conv.4": (2, quarter)}
-        matrices = {f"{name}.weight": shape for name, shape in linear.items()}
-        biases = {f"{name}.bias": shape[:1] for name, shape in linear.items()}
-        one: dict[str, Shape] = {**norm, **matrices, **biases}
+        one = predictor_shapes(width, 2, PARTS)
         return {f"score_predictor.{stage}.{name}": one[name] for stage in range(len(layers)) for name in one}
 
     def rule(self, layer: int, layers: int, prefix: int) -> CountRule:
@@ -91,17 +86,5 @@ def scores(x: Tensor, patches: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     x        [B, N, C] any float;  patches  [B, N] bool: tokens that the mean is taken over
     weights  of one stage, float32, by the names `in_conv.0.weight` and so on
     """
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    x = functional.layer_norm(x.float(), x.shape[-1:], weights["in_conv.0.weight"], weights["in_conv.0.bias"])
-    x = functional.gelu(linear(x, "in_conv.1"))
-    local, each = x.split([x.shape[-1] // 2, x.shape[-1] - x.shape[-1] // 2], dim=-1)
-    counted = patches.unsqueeze(-1).float()
-    mean = (each * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
-    x = torch.cat([local, mean.expand_as(each)], dim=-1)
-    stay, leave = linear(
-        functional.gelu(linear(functional.gelu(linear(x, "out_conv.0")), "out_conv.2")), "out_conv.4"
-    ).unbind(-1)
+    stay, leave = predicted(x, patches, weights, PARTS).unbind(-1)
     return stay - leave

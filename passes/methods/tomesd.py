@@ -92,7 +92,7 @@ class ToMeSD(SubLayerReduction):
 
     def rule(self, place: Place) -> CountRule | str:
         """r or floor(T * (1 - keep_ratio)) of T tokens, at most those that are no destinations."""
-        if place.padded:
+        if place.padding != "none":
             return "some tokens may be padding, which lies in no image"
         image = self.image or place.image
         grid = self.grid_of(place)
@@ -108,7 +108,7 @@ class ToMeSD(SubLayerReduction):
         cells = (grid[0] // self.sy) * (grid[1] // self.sx)
         if not cells:
             return f"its grid of {grid[0]} x {grid[1]} tokens holds no cell of {self.sy} x {self.sx}"
-        amount = at_most(self.r) if self.keep_ratio is None else keep_at_least(self.keep_ratio)
+        amount = at_most(self.r) if self.r is not None else keep_at_least(self.keep_ratio or 1)
         return CountRule(place.prefix, (amount, (1, -cells, 1)))
 
     def plan(self, tokens: Tokens) -> Plan:
