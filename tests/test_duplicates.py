@@ -113,7 +113,7 @@ def test_merging_duplicates_with_the_size_bias_is_the_dense_model(name):
 
 
 @pytest.mark.parametrize("name", ["vit_mean", "bert"])
-@pytest.mark.parametrize("method", ["tofu:switch=0,"])
+@pytest.mark.parametrize("method", ["tofu:switch=0,", "mctf:bidirectional=false,t_info=0,"])
 def test_other_methods_that_merge_duplicates_are_the_dense_model(name, method):
     rewritten, by_hand = gaps(name, f"{method}r={MERGES},layers=[0]")
     assert max(*rewritten, *by_hand) <= 1e-5
