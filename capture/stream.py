@@ -52,7 +52,12 @@ def find_layers(program: ExportedProgram, sites: tuple[Site, ...]) -> tuple[tupl
             judged.append(replace(site, role="stream", cached=residual.cached))
             found.append((judged[-1], residual))
     streams, given = _streams(graph, found), set(user_inputs(program))
-    learned = [s for s in streams if given.isdisjoint(ancestors(s[0][1].stream, through_sizes=False))]
+    starts = [stream[0][1].stream for stream in streams]
+    learned = [
+        stream
+        for stream, start in zip(streams, starts, strict=True)
+        if given.isdisjoint({start} | ancestors(start, through_sizes=False))
+    ]
     queries = {site.index for stream in learned for site, _ in stream}
     found = _deepest([stream for stream in streams if stream not in learned])
     mine = {site.index for site, _ in found}
