@@ -30,6 +30,7 @@ CALLED = frozenset(
         "reduce_tokens",
         "rescale_tokens",
         "restore_tokens",
+        "sample_tokens",
         "select_tokens",
         "valid_slots",
         "weighted_match",
