@@ -203,10 +203,10 @@ def test_it_costs_little_more_than_export() -> None:
     model, (images,) = family.shared(), family.inputs(2)[0]
     ours, theirs = [], []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         export_module(model, images)
-        middle = time.perf_counter()
+        middle = time.process_time()
         torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
         ours.append(middle - start)
-        theirs.append(time.perf_counter() - middle)
+        theirs.append(time.process_time() - middle)
     assert sorted(ours)[2] < 1.2 * sorted(theirs)[2]

@@ -22,7 +22,7 @@ def bash(script: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("TAMIS_", "VIRTUAL_ENV"))}
     command = f"set -euo pipefail; source '{ROOT}/scripts/setup.sh'; {script}"
     return subprocess.run(
-        ["bash", "-c", command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=60
+        ["bash", "-c", command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=300
     )
 
 
@@ -101,7 +101,7 @@ def test_the_record_plugin_counts(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "record_tests", "--record", tmp_path / "r.json", tmp_path]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
-    subprocess.run([*command, "-n", "2"], cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    subprocess.run([*command, "-n", "2"], cwd=tmp_path, env=env, capture_output=True, timeout=300)
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["counts"] == {"failed": 2, "passed": 1, "skipped": 1}
     assert sorted(name.split("::")[1] for name in result["failed"]) == ["test_b", "test_d"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,13 @@ from command import run
 from tamis import __version__
 from tamis.runtime import cli
 
-# The promise is 0.5 s; machines that run tests run other things too.
-PATIENCE_SECONDS = 1.5
+PROMISED = 0.5  # seconds of the processor: machines that run tests run other things too
+
+
+def children_seconds() -> float:
+    """Processor time of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["missing/vit.pt2", "--pass", "tome:r=1"], 2)])
@@ -24,11 +29,11 @@ def test_quick_answers(argv: list[str], code: int, tmp_path: Path) -> None:
     probe += "sys.exit(99 if 'torch' in sys.modules else code)"
     best = float("inf")
     for _ in range(5):
-        start = time.perf_counter()
+        start = children_seconds()
         done = subprocess.run([sys.executable, "-c", probe, *argv], cwd=tmp_path, capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, children_seconds() - start)
         assert done.returncode == code, done.stderr
-    assert best < PATIENCE_SECONDS
+    assert best < PROMISED
 
 
 def test_python_m_tamis(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_after_an_interrupted_run_the_next_gets_its_own_answer(run: Runner, kind
 
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        signal.setitimer(signal.ITIMER_REAL, 1)
         with pytest.raises(kind):
             run(EXPONENTIAL, [X])
     finally:
