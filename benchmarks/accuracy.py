@@ -63,7 +63,7 @@ def measure(
 
 def compare(task: Any, prepared: Any, groups: tuple[int, ...], method: Any, model: Any) -> dict[str, Any]:
     """One row: a method's measures, the control's, and the difference of the first measure, item by item."""
-    from reductions import compiled, control_of, drawn, flops_share
+    from reductions import compiled, control_of, drawn, flops_share, is_control
 
     def scores(draws: list[Any]) -> list[dict[str, np.ndarray]]:
         return [task.score(draws[i], groups[i % len(groups)]) for i in range(max(len(draws), len(groups)))]
@@ -76,7 +76,7 @@ def compare(task: Any, prepared: Any, groups: tuple[int, ...], method: Any, mode
         "flops": flops_share(model),
         "scores": {name: summary([one[name] for one in own]) for name in own[0]},
     }
-    if seeded:  # it is the control, at layers of its own choice
+    if is_control(method):
         return row
     controls = [compiled(prepared, control_of(method, seed)) for seed in SEEDS]
     counts = [[layer.tokens_out for layer in control.report.layers] for control in controls]

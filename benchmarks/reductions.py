@@ -44,6 +44,11 @@ def drawn(method: TokenReduction, seed: int) -> TokenReduction:
     return dataclasses.replace(method, seed=seed) if has_seed else method
 
 
+def is_control(method: TokenReduction) -> bool:
+    """Whether it is random drop itself, at layers of its own choice."""
+    return isinstance(method, RandomDrop)
+
+
 def control_of(method: TokenReduction, seed: int) -> RandomDrop:
     """Random drop at the places of `method` that leaves as many tokens at each; a fused token counts as one."""
 

@@ -112,7 +112,7 @@ def recipe(subject: Subject, cls: Any, level: int) -> tuple[Any, Any]:
 def drift(subject: Subject, method: Any, model: Any) -> dict[str, Any]:
     """How far the logits move, and those of the control: relative L2 and cosine, means over the images."""
     import torch
-    from reductions import compiled, control_of, drawn, flops_share
+    from reductions import compiled, control_of, flops_share, is_control
 
     from tamis.weights import TrainedPass
 
@@ -125,7 +125,7 @@ def drift(subject: Subject, method: Any, model: Any) -> dict[str, Any]:
         return {**cell, "trained": True}
     with torch.inference_mode():
         cell["moved"] = moved(subject.logits, model(subject.images))
-        if drawn(method, 1) is method:
+        if not is_control(method):
             cell["control"] = moved(subject.logits, compiled(subject.prepared, control_of(method, 0))(subject.images))
     return cell
 

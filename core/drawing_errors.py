@@ -6,5 +6,7 @@ from .errors import TamisError
 
 
 class CannotDraw(TamisError):
+    """What is to be drawn is not the journey of the patches of one image."""
+
     template = "{where}: no picture can be drawn: {reason}.\n  hint: {hint}"
     exit_code = 2
