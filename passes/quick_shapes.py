@@ -89,7 +89,7 @@ def _view(mode: Any, x: Tensor, sizes: Sequence[Any]) -> Tensor:
         lambda: f"a tensor of shape {_shown(x)} has no view of sizes {list(sizes)}",
     )
     with mode:
-        return torch.as_strided(x, sizes, make_contiguous_strides_for(sizes), x.storage_offset())
+        return torch.as_strided(x, sizes, make_contiguous_strides_for(tuple(sizes)), x.storage_offset())
 
 
 def _different(before: Sequence[Any], after: Sequence[Any]) -> tuple[list[Any], list[Any]]:
