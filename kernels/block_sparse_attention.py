@@ -21,7 +21,7 @@ rows, width, sink, local, first, last     int; None for tiles or columns: there 
 scale    float
 causal   bool
 softcap  float            cap(x) = softcap * tanh(x / softcap); None: cap(x) = x
-->       [B, H, N, D] as q; 0 for a query with nothing to read, such as padding
+->       [B, H, N, D] as q, a view of [B, N, H, D]; 0 for a query with nothing to read, such as padding
 
 A key that several parts name is read once.  Keys are gathered row by row, so memory and time go with R * (sink + local
 + rows + T * width + C), never with N * N; unused entries cost as much as used ones.  Raises nothing of its own.
@@ -160,8 +160,9 @@ def _over_rows(
         logits = torch.where(seen, logits, torch.finfo(logits.dtype).min)
         out = grouped_mix(logits.softmax(-1), v, q)
     out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
-    out = out.reshape(batch, sets, count, group, rows, v.shape[-1]).transpose(2, 3)
-    return out.reshape(batch, heads, count * rows, v.shape[-1])[:, :, :tokens].contiguous()
+    out = out.reshape(batch, heads // group, count, group, rows, v.shape[-1]).permute(0, 2, 4, 1, 3, 5)
+    out = out.reshape(batch, count * rows, heads, v.shape[-1])[:, :tokens].contiguous()
+    return out.transpose(1, 2)
 
 
 def _of_each(x: Tensor, sets: int, listed: Tensor, count: Any) -> Tensor:
@@ -202,12 +203,14 @@ def _with_dense(
     logits = torch.where(seen, logits, torch.finfo(logits.dtype).min)
     few = grouped_mix(logits.softmax(-1), v, q)
     few = torch.where(seen.any(-1, keepdim=True), few, 0.0)
-    return out.scatter(2, index[..., :1].expand(few.shape), few)
+    few, index = few.transpose(1, 2), place[:, :, None, None]
+    return out.transpose(1, 2).scatter(1, index.expand(few.shape), few).transpose(1, 2)
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    """Shape rule."""
-    return torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    """Shape rule: in memory the heads of a token lie side by side, as what joins them wants it."""
+    batch, heads, tokens = q.shape[:3]
+    return q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
 
 
 SHARES = ("layer", "kv", "query")

@@ -24,14 +24,17 @@ CALLED = frozenset(
     {
         "attention_rows",
         "bipartite_match",
+        "block_sparse_attention",
         "join_nearest",
         "merge_tokens",
         "order_slots",
+        "pick_tiles",
         "reduce_tokens",
         "rescale_tokens",
         "restore_tokens",
         "sample_tokens",
         "select_tokens",
+        "slash_tiles",
         "valid_slots",
         "weighted_match",
     }
