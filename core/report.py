@@ -204,6 +204,7 @@ def outcome_dict(outcome: Outcome) -> dict[str, Any]:
         "reason": outcome.reason,
         "before": outcome.before if isinstance(outcome.before, int | None) else str(outcome.before),
         "after": outcome.after if isinstance(outcome.after, int | None) else str(outcome.after),
+        "inside": outcome.inside,
     }
 
 

@@ -38,8 +38,7 @@ def draw(model: CompiledModel, path: Path, call: Call, row: int, *, overwrite: b
     grid = _grid(model, stages[0].source.shape[1], image)
     panels = [_shown(image, grid, None), *(_shown(image, grid, _patches(model, one, row)) for one in stages)]
     titles = [f"{grid[0] * grid[1]} patches of {image.shape[0] // grid[0]} x {image.shape[1] // grid[1]} pixels"]
-    counts = [model.report.prefix + grid[0] * grid[1], *(one.tokens for one in stages)]
-    titles += [_title(one, before) for one, before in zip(stages, counts, strict=False)]
+    titles += map(_title, stages)
     with whole(path, overwrite) as temporary:
         page = _page(figure, panels, titles, model.report.headline())
         page.savefig(temporary, format="png", dpi=DOTS, metadata={"Software": None})
@@ -97,9 +96,9 @@ def _patches(model: CompiledModel, stage: Stage, row: int) -> list[int]:
     return slots
 
 
-def _title(stage: Stage, before: int) -> str:
+def _title(stage: Stage) -> str:
     where = "" if stage.layer is None else f"layer {stage.layer}: "
-    return f"{where}{before} to {stage.tokens} tokens{' inside' if stage.inside else ''}"
+    return f"{where}{stage.before} to {stage.tokens} tokens{' inside' if stage.inside else ''}"
 
 
 def _shown(image: Tensor, grid: tuple[int, int], slots: list[int] | None) -> dict[str, Any]:

@@ -23,13 +23,14 @@ class Stage:
 
     method, layer  which made it, and where; the reduction by itself where the report does not say
     source         [B, N0] int64: the slot that every original token is in, -1 where it was dropped
-    tokens         slots of a row, those without a token counted too
+    before, tokens  slots of a row before and after, those without a token counted too
     inside         the reduction holds inside a sub-layer only; `source` is of it alone, not of those before
     """
 
     method: str
     layer: int | None
     source: Tensor
+    before: int
     tokens: int
     inside: bool = False
 
@@ -37,21 +38,27 @@ class Stage:
 def journey(program: ExportedProgram, call: Call, report: Report) -> list[Stage]:
     """The stages of a run, in order; [] when nothing is reduced."""
     slots = _slots_of(program, call)
-    applied: list[dict[str, Any]] = [one for one in report.outcomes if one["applied"]]
+    applied: list[dict[str, Any]] = [one for one in report.outcomes if one["applied"] and _removes(one)]
     said = applied if len(applied) == len(slots) else [{"pass": "", "layer": None}] * len(slots)
     stages: list[Stage] = []
     source: Tensor | None = None
-    for one, (slot, tokens) in zip(said, slots, strict=True):
+    for one, (slot, before, tokens) in zip(said, slots, strict=True):
         inside = bool(one.get("inside"))
         now = slot if source is None or inside else torch.where(source < 0, -1, slot.gather(1, source.clamp(min=0)))
-        stages.append(Stage(one["pass"], one["layer"], now, tokens, inside))
+        stages.append(Stage(one["pass"], one["layer"], now, before, tokens, inside))
         source = source if inside else now
     return stages
 
 
-def _slots_of(program: ExportedProgram, call: Call) -> list[tuple[Tensor, int]]:
-    """Slot [B, N] of every plan in the order in which they are applied, and how many slots there are after it."""
-    seen: dict[fx.Node, tuple[Tensor, int]] = {}
+def _removes(outcome: dict[str, Any]) -> bool:
+    """Whether tokens may have left: a pass that lets some in applies no plan."""
+    before, after = outcome["before"], outcome["after"]
+    return not (isinstance(before, int) and isinstance(after, int) and after >= before)
+
+
+def _slots_of(program: ExportedProgram, call: Call) -> list[tuple[Tensor, int, int]]:
+    """Slot [B, N] of every plan in the order in which they are applied, and how many tokens are before and after it."""
+    seen: dict[fx.Node, tuple[Tensor, int, int]] = {}
 
     class Watch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -59,7 +66,7 @@ def _slots_of(program: ExportedProgram, call: Call) -> list[tuple[Tensor, int]]:
             if n.op == "call_function" and op_name(n) in APPLIES and n.args[1] not in seen:
                 x, slot = (self.env[arg] for arg in n.args[:2])
                 out = value[0] if isinstance(value, tuple | list) else value
-                seen[n.args[1]] = (slot.expand(x.shape[0], -1), int(out.shape[1]))
+                seen[n.args[1]] = (slot.expand(x.shape[0], -1), int(x.shape[1]), int(out.shape[1]))
             return value
 
     module = program.module()
