@@ -164,9 +164,10 @@ def samples() -> Iterator[tuple[Any, ...]]:
     for i, (batch, tokens, prefix) in enumerate([(2, 9, 1), (3, 12, 2), (2, 1, 1), (1, 2, 0), (2, 3, 1), (0, 5, 1)]):
         weights = torch.rand(batch, tokens, generator=generator) ** 4
         lengths = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
-        for j, valid in enumerate((None, torch.arange(tokens) < lengths, torch.arange(tokens) >= tokens - lengths)):
+        padded = torch.arange(tokens) < lengths if i % 2 else torch.arange(tokens) >= tokens - lengths
+        for j, valid in enumerate((None, padded)):
             rule = CountRule(prefix, rules[(i + j) % len(rules)])
-            yield weights, valid, rule.out(tokens), prefix, rule.flat(), (0, 31)[j % 2]
+            yield weights, valid, rule.out(tokens), prefix, rule.flat(), (0, 31)[(i + j) % 2]
     long, rule = torch.rand(2, 197, generator=generator) ** 6, CountRule(1, rules[1])
     yield long, None, rule.out(197), 1, rule.flat(), 0
     yield long, torch.rand(2, 197, generator=generator) < 0.8, rule.out(197), 1, rule.flat(), 196
