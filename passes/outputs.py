@@ -36,7 +36,8 @@ def token_map(state: StreamState | None, hidden: Any, valid: torch.Tensor | None
     """[B, N0] int64: for every original token the slot it ends in, -1 if it was dropped or is padding."""
     if state is not None and state.plans:
         return state.source()
-    return _places(valid, *hidden.shape[:2], hidden.device)
+    batch, count = hidden.shape[:2]
+    return _places(valid, batch, count, hidden.device)
 
 
 def _places(valid: torch.Tensor | None, batch: Any, count: Any, device: torch.device) -> torch.Tensor:
