@@ -70,7 +70,7 @@ def message(error: type[Exception], action) -> str:
         (
             "tone:r=3",
             UnknownPass,
-            "unknown pass 'tone'; did you mean tome or pitome?\n"
+            "unknown pass 'tone'; did you mean tome or tomesd?\n"
             "  hint: optimize-model --list-passes shows all of them.",
         ),
         (

@@ -217,7 +217,7 @@ def test_data_that_needs_pickle(capsys: pytest.CaptureFixture[str], workplace: P
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("tomme:r=3", "error: unknown pass 'tomme'; did you mean tome or pitome?"),
+        ("tomme:r=3", "error: unknown pass 'tomme'; did you mean tome or tomesd?"),
         ("tome:keep_ratio=1.3", "error: tome: keep_ratio must be in (0, 1], got 1.3"),
         ("tome:ratio=0.3", "write keep_ratio=0.7"),
         ("tome:13", "cannot read the pass 'tome:13': '13' is not key=value"),
