@@ -25,10 +25,10 @@ def rendered(page: str, cells: dict[str, Any], accuracy: dict[str, Any]) -> str:
 
 def table(level: int, cells: dict[str, Any], digits: dict[str, Any]) -> str:
     """One row per method: the digits ViT at the level, then ViT-small."""
-    head = ["method", "digits: accuracy", "control", "against the control", "ViT-small", "drift", "control"]
+    head = ["method", "digits: FLOPs", "accuracy", "control", "against the control", "ViT-small", "drift", "control"]
     lines = [_line([*head, *NAMES.values()]), "|---" * (len(head) + len(NAMES)) + "|"]
     dense = f"{100 * digits['dense']['accuracy']['mean']:.1f}"
-    lines.append(_line(["dense", dense, "", "", "100%", "0", "", *["1"] * len(NAMES)]))
+    lines.append(_line(["dense", "100%", dense, "", "", "100%", "0", "", *["1"] * len(NAMES)]))
     lines += [_line(row) for row in _rows(level, cells, digits)]
     return "\n".join(lines)
 
@@ -46,11 +46,11 @@ def _accuracy(row: dict[str, Any] | None) -> float:
 
 def _on_digits(row: dict[str, Any] | None) -> list[str]:
     if row is None:
-        return [MISSING, "", ""]
+        return [MISSING, "", "", ""]
     if "refused" in row:
-        return [f"refused: {' '.join(row['refused'].split())}", "", ""]
+        return [f"refused: {' '.join(row['refused'].split())}", "", "", ""]
     control = _spread(row["control"]["accuracy"]) if "control" in row else ""
-    return [_spread(row["scores"]["accuracy"]), control, verdict(row)]
+    return [f"{row['flops']:.0%}", _spread(row["scores"]["accuracy"]), control, verdict(row)]
 
 
 def _on_vit(name: str, level: int, cells: dict[str, Any]) -> list[str]:
