@@ -47,9 +47,62 @@ def meet(
 
 
 @triton.jit
-def fresh(key, query, SINK: tl.constexpr, LOCAL: tl.constexpr):
-    """Which of the listed keys are not read as sinks or as nearest ones already, [M, KEYS]."""
-    return (key >= SINK)[None, :] & (tl.abs(query[:, None] - key[None, :]) >= LOCAL)
+def over(
+    mix, total, top, queries, query, bound, k, v, first, stop, scale, cap, k_row, v_row,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
+    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Add the keys first .. stop - 1, each query those up to its bound.
+
+    PART: "all"; "listed", without sinks and nearest keys, which are read as such; "near", of the others the nearest.
+    """
+    for start in range(first, stop, KEYS):
+        key = start + tl.arange(0, KEYS)
+        seen = (key < stop)[None, :] & (key[None, :] <= bound[:, None])
+        if PART != "all":
+            near = tl.abs(query[:, None] - key[None, :]) < LOCAL
+            seen = seen & (key >= SINK)[None, :] & (near if PART == "near" else (near == 0))
+        mix, total, top = meet(
+            mix, total, top, queries, k, v, key, key < stop, seen, scale, cap, k_row, v_row,
+            WIDTH, VALUE_WIDTH, D, VALUE_D,
+        )  # fmt: skip
+    return mix, total, top
+
+
+@triton.jit
+def over_columns(
+    mix, total, top, queries, query, bound, k, v, columns, count, stop, scale, cap, k_row, v_row,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
+    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    """Add single keys, named by columns [count]."""
+    for start in range(0, count, KEYS):
+        place = start + tl.arange(0, KEYS)
+        key = tl.load(columns + place, mask=place < count, other=-1)
+        held = (key >= SINK) & (key >= 0) & (key < stop)
+        far = tl.abs(query[:, None] - key[None, :]) >= LOCAL
+        seen = held[None, :] & (key[None, :] <= bound[:, None]) & far
+        mix, total, top = meet(
+            mix, total, top, queries, k, v, key, held, seen, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D
+        )
+    return mix, total, top
+
+
+@triton.jit
+def wanted(q, head, query, there, q_head, q_row, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Load the queries of a program, [M, D]."""
+    column = tl.arange(0, D)
+    place = q + head[:, None] * q_head + query.to(tl.int64)[:, None] * q_row + column[None, :]
+    return tl.load(place, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def wrote(out, mix, total, head, query, there, out_head, out_row, VALUE_WIDTH: tl.constexpr, VALUE_D: tl.constexpr):
+    """Store the means; a query that reads nothing gets zeros."""
+    column = tl.arange(0, VALUE_D)
+    mix = mix / tl.where(total == 0, 1.0, total)[:, None]
+    place = out + head[:, None] * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
+    tl.store(place, mix.to(out.dtype.element_ty), mask=there[:, None] & (column < VALUE_WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -64,7 +117,7 @@ def block_sparse_kernel(
     """Grid (rows, H / PACK, B).  SPAN: keys of a tile.  DENSE: rows are the first and last tokens, and read all."""
     row, pack, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.num_programs(0) - 1 - row
-    member, entry = tl.arange(0, M), tl.arange(0, KEYS)
+    member = tl.arange(0, M)
     head = (pack * PACK + member // ROWS).to(tl.int64)
     query = row * ROWS + member % ROWS
     end = tokens
@@ -74,75 +127,45 @@ def block_sparse_kernel(
     if DENSE:
         there = there & (query < first + last)
         query = tl.where(query < first, query, end - last + query - first)
-        there = there & (query >= 0)
-    there = there & (query < (tokens if not DENSE else end))
-    d, value_d = tl.arange(0, D), tl.arange(0, VALUE_D)
-    place = q + batch * q_batch + head[:, None] * q_head + query.to(tl.int64)[:, None] * q_row + d[None, :]
-    queries = tl.load(place, mask=there[:, None] & (d < WIDTH)[None, :], other=0.0)
+    there = there & (query >= 0) & (query < (end if DENSE else tokens))
+    queries = wanted(q + batch * q_batch, head, query, there, q_head, q_row, WIDTH, D)
     shared = (pack * PACK // group).to(tl.int64)
     k += batch * k_batch + shared * k_head
     v += batch * v_batch + shared * v_head
-    reads = there & (query < end)
-    bound = tl.where(reads, end - 1, -1)  # the last key that a query may read
-    if CAUSAL:
-        bound = tl.minimum(bound, query)
+    bound = tl.where(there & (query < end), tl.minimum(query, end - 1) if CAUSAL else end - 1, -1)  # the last key read
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mix = tl.zeros([M, VALUE_D], tl.float32)
     stop = tl.max(bound, 0) + 1
-    if DENSE:
-        for start in range(0, stop, KEYS):
-            key = start + entry
-            mix, total, top = meet(
-                mix, total, top, queries, k, v, key, key < stop, key[None, :] <= bound[:, None], scale, cap,
-                k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
-            )  # fmt: skip
-    else:
-        for start in range(0, tl.minimum(stop, SINK), KEYS):
-            key = start + entry
-            seen = (key < SINK)[None, :] & (key[None, :] <= bound[:, None])
-            mix, total, top = meet(
-                mix, total, top, queries, k, v, key, key < tl.minimum(stop, SINK), seen, scale, cap,
-                k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
-            )  # fmt: skip
-        owner = pack * PACK * sets // (tl.num_programs(1) * PACK)
-        if tiles is not None:
-            tiles += batch * tile_batch + owner * tile_set + tl.cast(row, tl.int64) * tile_row
-            for slot in range(0, tile_count):
-                begin = tl.load(tiles + slot)
-                if begin >= 0:
-                    for start in range(begin, tl.minimum(begin + SPAN, stop), KEYS):
-                        key = start + entry
-                        held = key < tl.minimum(begin + SPAN, stop)
-                        seen = held[None, :] & (key[None, :] <= bound[:, None]) & fresh(key, query, SINK, LOCAL)
-                        mix, total, top = meet(
-                            mix, total, top, queries, k, v, key, held, seen, scale, cap,
-                            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
-                        )  # fmt: skip
-        if columns is not None:
-            columns += batch * column_batch + owner * column_set + tl.cast(row, tl.int64) * column_row
-            for start in range(0, column_count, KEYS):
-                key = tl.load(columns + start + entry, mask=start + entry < column_count, other=-1)
-                held = (key >= 0) & (key < stop)
-                seen = held[None, :] & (key[None, :] <= bound[:, None]) & fresh(key, query, SINK, LOCAL)
-                mix, total, top = meet(
-                    mix, total, top, queries, k, v, key, held, seen, scale, cap,
-                    k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+    mix, total, top = over(
+        mix, total, top, queries, query, bound, k, v, 0, stop if DENSE else tl.minimum(stop, SINK), scale, cap,
+        k_row, v_row,
+        WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all",
+    )  # fmt: skip
+    owner = pack * PACK * sets // (tl.num_programs(1) * PACK)
+    if tiles is not None and not DENSE:
+        tiles += batch * tile_batch + owner * tile_set + tl.cast(row, tl.int64) * tile_row
+        for slot in range(0, tile_count):
+            begin = tl.load(tiles + slot)
+            if begin >= 0:
+                mix, total, top = over(
+                    mix, total, top, queries, query, bound, k, v, begin, tl.minimum(begin + SPAN, stop), scale, cap,
+                    k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "listed",
                 )  # fmt: skip
-        if LOCAL > 0:
-            begin = tl.maximum(row * ROWS - LOCAL + 1, 0)
-            for start in range(begin, tl.minimum(row * ROWS + ROWS + LOCAL, stop), KEYS):
-                key = start + entry
-                near = (key >= SINK)[None, :] & (tl.abs(query[:, None] - key[None, :]) < LOCAL)
-                seen = near & (key[None, :] <= bound[:, None])
-                mix, total, top = meet(
-                    mix, total, top, queries, k, v, key, key < stop, seen, scale, cap,
-                    k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
-                )  # fmt: skip
-    mix = mix / tl.where(total == 0, 1.0, total)[:, None]  # a query that reads nothing gets zeros
-    place = out + batch * out_batch + head[:, None] * out_head + query.to(tl.int64)[:, None] * out_row
-    inside = there[:, None] & (value_d < VALUE_WIDTH)[None, :]
-    tl.store(place + value_d[None, :], mix.to(out.dtype.element_ty), mask=inside)
+    if columns is not None and not DENSE:
+        columns += batch * column_batch + owner * column_set + tl.cast(row, tl.int64) * column_row
+        mix, total, top = over_columns(
+            mix, total, top, queries, query, bound, k, v, columns, column_count, stop, scale, cap, k_row, v_row,
+            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL,
+        )  # fmt: skip
+    if LOCAL > 0 and not DENSE:
+        begin, after = tl.maximum(row * ROWS - LOCAL + 1, 0), tl.minimum(row * ROWS + ROWS + LOCAL, stop)
+        mix, total, top = over(
+            mix, total, top, queries, query, bound, k, v, begin, after, scale, cap, k_row, v_row,
+            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "near",
+        )  # fmt: skip
+    out += batch * out_batch
+    wrote(out, mix, total, head, query, there, out_head, out_row, VALUE_WIDTH, VALUE_D)
 
 
 def work(
