@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..counts import ALL, CountRule, Term, at_most, keep_at_least
@@ -69,15 +69,6 @@ class TokenReduction(Pass):
         self._read_schedule("keep_ratio", lambda v: 0 < v <= 1, "in (0, 1]", hint)
         object.__setattr__(self, "layers", read_layers(self.layers, self.name))
         self._check_switches()
-
-    def _check_switches(self) -> None:
-        """Parameters whose default is a bool or an int take only that."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(f.default, bool | int) and type(value) is not type(f.default):
-                rule = "true or false" if isinstance(f.default, bool) else "a whole number"
-                hint = f"its default is {str(f.default).lower()}."
-                raise BadParameter(where=self.name, name=f.name, rule=rule, got=repr(value), hint=hint)
 
     def _read_counts(self, name: str, hint: str) -> None:
         """A parameter as a schedule of tokens, where it is given."""
