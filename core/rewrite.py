@@ -87,6 +87,9 @@ class Result:
         return any(outcome.applied for outcome in self.outcomes)
 
 
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}  # by a default's type
+
+
 class PassType(ABCMeta):
     """The type of pass classes: a parameter that a pass does not have is answered with the right one, in every door."""
 
@@ -122,13 +125,15 @@ class Pass(metaclass=PassType):
         self._check_switches()
 
     def _check_switches(self) -> None:
-        """Parameters whose default is a bool or an int take only that."""
+        """Parameters whose default is a bool or an int take only that; where it is a float, any number but NaN."""
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(f.default, bool | int) and type(value) is not type(f.default):
-                rule = "true or false" if isinstance(f.default, bool) else "a whole number"
+            value, kind = getattr(self, f.name), type(f.default)
+            holds = type(value) is kind
+            if kind is float:
+                holds = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+            if kind in KINDS and not holds:
                 hint = f"its default is {str(f.default).lower()}."
-                raise BadParameter(where=self.name, name=f.name, rule=rule, got=repr(value), hint=hint)
+                raise BadParameter(where=self.name, name=f.name, rule=KINDS[kind], got=repr(value), hint=hint)
 
     def why_not(self, graph: TokenGraph) -> str:
         """Why this pass cannot apply anywhere in the graph; "" when it can."""

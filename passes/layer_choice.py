@@ -8,30 +8,34 @@ from typing import Any
 from ..errors import BadParameter
 
 
-def read_layers(layers: Any, where: str) -> tuple[int, ...] | None:
-    """A parameter `layers` of the pass `where` as a tuple; None stays; raises BadParameter."""
+def read_layers(layers: Any, where: str, name: str = "layers") -> tuple[int, ...] | None:
+    """A parameter of the pass `where` that names layers, as a tuple; None stays; raises BadParameter."""
     if layers is None:
         return None
-    if isinstance(layers, int) and not isinstance(layers, bool):
+    if _is_whole(layers):
         return (layers,)
-    numbers = isinstance(layers, Sequence) and not isinstance(layers, str) and all(isinstance(x, int) for x in layers)
+    numbers = isinstance(layers, Sequence) and not isinstance(layers, bytes) and all(map(_is_whole, layers))
     if (numbers and layers) or isinstance(layers, range):
         return tuple(layers)
     raise BadParameter(
-        where=where, name="layers", rule="a list of layer indices", got=repr(layers), hint="for example layers=[3,6,9]."
+        where=where, name=name, rule="a list of layer indices", got=repr(layers), hint=f"for example {name}=[3,6,9]."
     )
 
 
-def chosen_layers(chosen: Iterable[int], layers: int, where: str) -> list[int]:
+def chosen_layers(chosen: Iterable[int], layers: int, where: str, name: str = "layers") -> list[int]:
     """Indices out of `layers` in order, each once; raises BadParameter for one that does not exist."""
     chosen = list(chosen)
     for layer in chosen:
         if not -layers <= layer < layers:
             raise BadParameter(
                 where=where,
-                name="layers",
+                name=name,
                 rule=f"between 0 and {layers - 1}",
                 got=layer,
                 hint=f"the model has {layers} layers.",
             )
     return sorted({layer % layers for layer in chosen})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -39,6 +39,7 @@ class SparseAttention(Pass):
     layers: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "layers", read_layers(self.layers, self.name))
 
     @abstractmethod

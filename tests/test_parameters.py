@@ -68,6 +68,26 @@ def message(error: type[Exception], action) -> str:
             "tome: layers must be a list of layer indices, got 'all'.\n  hint: for example layers=[3,6,9].",
         ),
         (
+            "tome:r=3,layers=[true]",
+            BadParameter,
+            "tome: layers must be a list of layer indices, got '[true]'.\n  hint: for example layers=[3,6,9].",
+        ),
+        (
+            "pitome:r=3,bsm=first",
+            BadParameter,
+            "pitome: bsm must be a list of layer indices, got 'first'.\n  hint: for example bsm=[3,6,9].",
+        ),
+        (
+            "streaming-llm:sink=1.5",
+            BadParameter,
+            "streaming-llm: sink must be a whole number, got 1.5.\n  hint: its default is 4.",
+        ),
+        (
+            "block-sparse:density=half",
+            BadParameter,
+            "block-sparse: density must be a number, got 'half'.\n  hint: its default is 0.25.",
+        ),
+        (
             "tone:r=3",
             UnknownPass,
             "unknown pass 'tone'; did you mean tome or tomesd?\n"

@@ -16,6 +16,7 @@ from ...counts import HALF, Term
 from ...errors import BadParameter
 from ...registry import register
 from ...tokens import Plan, Tokens
+from ..layer_choice import chosen_layers, read_layers
 from ..plans import merge_plan
 from ..properties import MERGING, ORDER_FREE, SET_FREE
 from ..reduction import TokenReduction
@@ -57,7 +58,8 @@ class PiToMe(TokenReduction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "bsm", tuple([self.bsm] if isinstance(self.bsm, int) else self.bsm))
+        bsm = None if self.bsm in ((), []) else read_layers(self.bsm, self.name, "bsm")
+        object.__setattr__(self, "bsm", bsm or ())
         for name, rule, holds in (
             ("margin", "between -1 and 1", -1 <= self.margin <= 1),
             ("alpha", "0 or more", self.alpha >= 0),
@@ -85,6 +87,6 @@ class PiToMe(TokenReduction):
                 self.margin - self.margin * tokens.layer / tokens.layers,
                 self.alpha,
                 self.energy == "paper",
-                tokens.layer in self.bsm,
+                tokens.layer in chosen_layers(self.bsm, tokens.layers, self.name, "bsm"),
             ),
         )
