@@ -72,9 +72,11 @@ class Pool(TokenReduction):
         return super().why_not(graph) or ("" if graph.grid else none)
 
     def why_not_at(self, tokens: Tokens) -> str:
-        """The grid must still be there, whole; raises BadParameter where the window does not divide it."""
+        """The grid must still be whole and without padding; raises BadParameter where the window does not divide it."""
         if tokens.grid is None:
             return "it pools over the grid of patch tokens, and a pass before it left none; put the pool first"
+        if tokens.valid is not None:
+            return "some of its tokens may be padding, which a window would mix into the others"
         side = gcd(*tokens.grid)
         if side % self.window:
             rows, columns = tokens.grid

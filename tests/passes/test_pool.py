@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -72,6 +72,13 @@ def test_a_window_that_does_not_divide_the_grid_is_refused():
     )
     with pytest.raises(BadParameter, match="grid of 7 x 7 tokens, one of 1, 7, got 2"):
         rewritten("dinov2_reg4", "pool:layers=[0]")
+
+
+def test_a_grid_with_padding_is_refused():
+    whole = tokens_by_hand(Pool(window=2), torch.zeros(1, 16, 2), prefix=0, grid=(4, 4))
+    assert Pool(window=2).why_not_at(whole) == ""
+    padded = replace(whole, valid=torch.ones(1, 16, dtype=torch.bool))
+    assert "may be padding" in Pool(window=2).why_not_at(padded)
 
 
 MODELS = [
