@@ -50,7 +50,7 @@ class Weights:
         if isinstance(value, Weights):
             return value
         if isinstance(value, Mapping):
-            return Weights._made("", {str(name): tensor.detach().cpu() for name, tensor in value.items()})
+            return Weights._made("", {str(name): _tensor(name, tensor, where) for name, tensor in value.items()})
         if not isinstance(value, str | os.PathLike):
             hint = "this method has trained parts: weights=FILE.safetensors, or in Python a dict of tensors."
             raise BadParameter(where=where, name="weights", rule="given", got=repr(value), hint=hint)
@@ -129,6 +129,18 @@ def _read(path: str, where: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         reason = f"cannot be read as safetensors ({first_line(error).rstrip('.')})"
         raise WeightsUnreadable(where=where, path=path, reason=reason) from error
+
+
+def _tensor(name: Any, value: Any, where: str) -> Tensor:
+    """A tensor that was handed over, on the CPU, if it is one whose numbers can be read."""
+    import torch
+
+    if isinstance(value, torch.Tensor) and not (value.is_quantized or value.is_complex() or value.is_meta):
+        return value.detach().to_dense().cpu()
+    known = isinstance(value, torch.Tensor)
+    got = f"{name}: {f'{value.dtype} on {value.device}' if known else type(value).__name__}"
+    hint = "torch.from_numpy makes one of an array."
+    raise BadParameter(where=where, name="weights", rule="tensors of real numbers by name", got=got, hint=hint)
 
 
 def _absent(path: str) -> str:

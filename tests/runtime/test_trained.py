@@ -148,6 +148,26 @@ def test_files_that_cannot_be_read(file: str, tmp_path: Path) -> None:
         Directed(r=3, weights="a+b.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ([1.0, 2.0], "list"),
+        (None, "NoneType"),
+        (torch.ones(2) * 1j, "torch.complex64 on cpu"),
+        (torch.ones(2, device="meta"), "torch.float32 on meta"),
+    ],
+)
+def test_what_is_no_tensor_of_numbers(value: Any, got: str) -> None:
+    said = rf"directed: weights must be tensors of real numbers by name, got scorer\.weight: {got}\."
+    with pytest.raises(BadParameter, match=said):
+        Directed(r=3, weights={"scorer.weight": value})
+
+
+def test_sparse_tensors_are_read_as_dense_ones() -> None:
+    held = Weights.of({name: tensor.to_sparse() for name, tensor in TENSORS.items()}, "")
+    assert held.digest == Weights.of(TENSORS, "").digest
+
+
 def test_a_recipe_holds_to_the_content_of_the_file(file: str, tmp_path: Path) -> None:
     fast = compiled(f"directed:weights={file},r=3")
     digest = Weights.of(TENSORS, "").digest
