@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch.fx.traceback import set_current_meta
 
-from ..capture.closure import ancestors, descendants
+from ..capture.closure import descendants
 from ..errors import PositionRead, TokenAxisUnsupported, TokenShapeConflict
 from ..graph import TokenGraph, op_name, shape_text, source_line
 from ..onnx_errors import OpaqueOnStream
@@ -18,6 +18,7 @@ from .axis_rules import Call, rule_for
 from .axis_rules.indexing import ReadsPosition
 from .cuts import CutRunner
 from .outputs import output_values, restored_output, token_map, without_padding
+from .replay import Replay
 from .stream_state import StreamState
 from .token_axes import RESTORED, Axes, NeedsFullLength, Pieces, Restored
 
@@ -25,15 +26,14 @@ PLACES = ("before_attention", "after_attention", "after_block")
 Mark = Axes | Pieces | Restored | None
 
 
-class ReductionInterpreter(fx.Interpreter):
+class ReductionInterpreter(Replay):
     """Runs the original graph; `marks` says of each live value (of a list: each piece) which axes are token axes."""
 
     def __init__(
         self, graph: TokenGraph, placed: Any, options: Options, weights: dict[int, dict[str, str]] | None = None
     ) -> None:
-        super().__init__(graph.program.graph_module, garbage_collect_values=False)
-        self.extra_traceback = False  # fx would write its own sentence into our errors
-        self.graph_, self.options = graph, options
+        super().__init__(graph)
+        self.options = options
         self.sites = {site.node: site for site in graph.sites}
         self.weights = weights or {}  # by a method's id: the nodes of its trained tensors
         self.cuts = CutRunner(graph, placed, self)
@@ -47,10 +47,6 @@ class ReductionInterpreter(fx.Interpreter):
     def outcomes(self) -> list[Outcome]:
         """What happened at every cut."""
         return self.cuts.outcomes
-
-    def run_all(self, *values: Any) -> list[Any]:
-        """Run the whole graph under tracing."""
-        return super().run(*values)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node by its rule, then reduce if it is a cut."""
@@ -66,17 +62,6 @@ class ReductionInterpreter(fx.Interpreter):
             if n.name in self._states and isinstance(mark, Axes) and self.state is not None:
                 self._left[n] = self.state.left[: mark.epoch]
             return value
-
-    def value_of(self, name: str) -> Any:
-        """The value of a node that does not depend on the stream; it runs now if its turn has not come."""
-        wanted = self.graph_.node(name)
-        if wanted not in self.env:
-            above = ancestors(wanted) | {wanted}
-            for n in self.graph_.graph.nodes:
-                if n in above and n not in self.env:
-                    with set_current_meta(n):
-                        self.env[n] = super().run_node(n)
-        return self.env[wanted]
 
     def _run_marked(self, n: fx.Node) -> tuple[Any, Mark]:
         args, kwargs = self.fetch_args_kwargs_from_env(n)

@@ -10,13 +10,13 @@ from torch import Tensor, fx
 from torch.fx.traceback import set_current_meta
 
 from ..attention_index import Heads
-from ..capture.closure import ancestors
 from ..capture.program import rebuild
 from ..error_text import first_line
 from ..errors import MethodFailed, TamisError
 from ..graph import Layer, Site, TokenGraph, shape_text
 from ..rewrite import Outcome, Result
 from .cuts import real_tokens
+from .replay import Replay
 from .retrace import retrace
 from .sparse import SparseAttention
 from .stream_state import take_rows
@@ -59,18 +59,13 @@ def _place(graph: TokenGraph, methods: Sequence[SparseAttention], outcomes: list
     return placed
 
 
-class SparseInterpreter(fx.Interpreter):
+class SparseInterpreter(Replay):
     """Runs the original graph; at a placed attention node the method answers instead."""
 
     def __init__(self, graph: TokenGraph, placed: Placed) -> None:
-        super().__init__(graph.program.graph_module, garbage_collect_values=False)
-        self.extra_traceback = False  # fx would write its own sentence into our errors
-        self.graph_, self.placed = graph, placed
+        super().__init__(graph)
+        self.placed = placed
         self._orders: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def run_all(self, *values: Any) -> list[Any]:
-        """Run the whole graph under tracing."""
-        return super().run(*values)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, or its method."""
@@ -116,21 +111,10 @@ class SparseInterpreter(fx.Interpreter):
         """Places of the real tokens first, in order [B, N]; where each token went [B, N]; how many are real [B]."""
         name = site.mask.node or ""
         if name not in self._orders:
-            valid = real_tokens(self._value_of(name)).expand(like.shape[0], -1)
+            valid = real_tokens(self.value_of(name)).expand(like.shape[0], -1)
             order = valid.to(torch.int32).sort(dim=1, descending=True, stable=True).indices
             self._orders[name] = order, order.argsort(1), valid.sum(1)
         return self._orders[name]
-
-    def _value_of(self, name: str) -> Any:
-        """The value of a node that does not come from attention; it runs now if its turn has not come."""
-        wanted = self.graph_.node(name)
-        if wanted not in self.env:
-            above = ancestors(wanted) | {wanted}
-            for n in self.graph_.graph.nodes:
-                if n in above and n not in self.env:
-                    with set_current_meta(n):
-                        self.env[n] = super().run_node(n)
-        return self.env[wanted]
 
 
 def _ordered(x: Tensor, order: Any) -> Tensor:
