@@ -121,7 +121,7 @@ class TokenReduction(Pass):
         """An amount at a selected layer; a table speaks of the model's layers, other forms of the selected."""
         selected = self.selected(layers)
         if schedule.kind == "table":
-            return dict(schedule.values).get(layer, missing)
+            return {named % layers: amount for named, amount in schedule.values}.get(layer, missing)
         return schedule.at(selected.index(layer), len(selected))
 
     def asked(self, layer: int, layers: int) -> int | None:

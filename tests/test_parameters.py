@@ -134,6 +134,10 @@ def test_parameters(text, error, expected):
     assert message(error, lambda: Pipeline.parse(text)).replace("?.", "?") == expected.replace("?.", "?")
 
 
+def test_layers_of_a_table_count_from_the_end_too():
+    assert [o.after for o in rewritten("vit_mean", "tome:r={0: 2, -1: 3}").outcomes if o.applied] == [35, 32]
+
+
 def test_a_layer_that_does_not_exist():
     text = message(BadParameter, lambda: rewritten("vit_mean", "tome:r=3,layers=[3]"))
     assert text == ("tome: layers must be between 0 and 2, got 3.\n  hint: the model has 3 layers.")

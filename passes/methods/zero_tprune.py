@@ -103,9 +103,7 @@ class ZeroTPrune(TokenReduction):
         """Steps of page rank in the I-stage of a selected layer."""
         if self.iterations is None:
             return 30 if 6 * layer < layers else 5 if 3 * layer < 2 * layers else 1
-        selected = self.selected(layers)
-        index = layer if self.iterations.kind == "table" else selected.index(layer)
-        return max(1, int(self.iterations.at(index, len(selected))))
+        return max(1, int(self.at(self.iterations, layer, layers, 1)))
 
     def note(self, layer: int, layers: int) -> str:
         """The choices that the paper leaves open."""
