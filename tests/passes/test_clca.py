@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family import text_inputs
 from rewriting import assert_equal_outputs, captured, run
 from test_onnx_zoo import run_file
 from torch import Tensor
@@ -17,8 +19,9 @@ from zoo_text import CLIP_TEXT
 import tamis
 from tamis.capture import capture
 from tamis.lowering.onnx import export_onnx
-from tamis.passes import CLCA, EViT
+from tamis.passes import CLCA, EViT, TokenReduction, match_plan
 from tamis.rewrite import Pipeline
+from tamis.tokens import Plan, Tokens
 
 DEPTH = 6
 
@@ -110,6 +113,23 @@ def test_padded_rows_do_not_depend_on_their_batch() -> None:
         alone = {key: value[row : row + 1, :real] for key, value in inputs[1].items()}
         expected = run(result, ((), alone))
         assert_equal_outputs([tokens[row : row + 1, :real], pooled[row : row + 1]], expected, 1e-9)
+
+
+@dataclass(frozen=True)
+class SeenByTheFirst(TokenReduction):
+    """Merge tokens that the class token sees alike."""
+
+    def plan(self, tokens: Tokens) -> Plan:
+        return match_plan(tokens, tokens.attention.cls_row().transpose(1, 2))
+
+
+def test_the_class_token_is_found_behind_left_padding_and_in_front_of_appended_tokens() -> None:
+    passes = Pipeline((CLCA(layers=[1]), SeenByTheFirst(r=2, layers=[2])))
+    ids, mask = text_inputs(3, padding="left")[1].values()
+    result = passes.run(captured("bert"))
+    outputs = run(result, ((), {"input_ids": ids, "attention_mask": mask}))
+    other = run(result, ((), {"input_ids": torch.where(mask > 0, ids, ids + 1), "attention_mask": mask}))
+    assert_equal_outputs([outputs[0] * mask[..., None]], [other[0] * mask[..., None]], 1e-9)
 
 
 def test_onnx_runtime_agrees_with_torch(tmp_path: Path) -> None:
