@@ -201,8 +201,8 @@ class CutRunner:
 
         def class_row() -> Tensor:
             # left padding stays in front of the class token until a plan makes slots, which appending does not
-            packed = state.valid is None or any(plan.appended is None for plan in state.plans)
-            first = None if packed else state.valid.to(torch.int64).argmax(1, keepdim=True)
+            packed = any(plan.appended is None for plan in state.plans)
+            first = None if state.valid is None or packed else state.valid.to(torch.int64).argmax(1, keepdim=True)
             query = queries[:, :, :1] if first is None else take_rows(queries, first, 2, 0)
             return probabilities(query, self._mask_rows(site, slice(1) if first is None else first))[:, :, 0]
 
