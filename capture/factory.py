@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..errors import FactoryFailed
@@ -48,6 +48,7 @@ def _unpacked(result: Any, spec: str) -> tuple[nn.Module | ExportedProgram, Any,
     if isinstance(result, tuple) and 2 <= len(result) <= 3:
         model, args = result[:2]
         kwargs = result[2] if len(result) == 3 else {}
+    args = (args,) if isinstance(args, Tensor) else args
     if not isinstance(model, nn.Module | ExportedProgram) or not isinstance(kwargs, dict):
         got = (
             f"({', '.join(type(part).__name__ for part in result)})"

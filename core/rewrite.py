@@ -178,12 +178,18 @@ def parse_passes(passes: str | Pass | dict[str, Any] | Iterable[Any]) -> list[Pa
         return [_parse_one(part.strip()) for part in _split(passes, "+")]
     if isinstance(passes, dict):
         return [build_pass(name, parameters or {}) for name, parameters in passes.items()]
+    if isinstance(passes, type) or not isinstance(passes, Iterable):
+        name = getattr(passes, "name", "") or type(passes).__name__
+        reason = f"it is the class, not a pass; write {passes.__name__}(...)" if isinstance(passes, type) else "no pass"
+        raise BadPassText(text=name, reason=reason)
     return [parsed for one in passes for parsed in parse_passes(one)]
 
 
 def _parse_one(text: str) -> Pass:
     if not re.fullmatch(r"[A-Za-z][\w-]*(:.*)?", text, re.DOTALL):
-        raise BadPassText(text=text, reason="it does not start with a name")
+        named = re.match(r"[A-Za-z][\w-]*", text)
+        reason = f"a ':' should follow {named.group()}" if named else "it does not start with a name"
+        raise BadPassText(text=text, reason=reason)
     name, _, rest = text.partition(":")
     parameters: dict[str, Any] = {}
     for item in filter(None, map(str.strip, _split(rest, ","))):

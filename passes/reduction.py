@@ -139,7 +139,7 @@ class TokenReduction(Pass):
         captured = {site.node for site in graph.sites}
         reductions = {op.call for op in OPS.values() if not op.captured}
         if any(node.target in reductions and node.name not in captured for node in graph.graph.nodes):
-            return "the model was reduced before; put all passes in one recipe for the original, where they compose"
+            return "the model was reduced before; put all passes in one recipe for the original: reductions compose"
         if not graph.layers:
             return "no token stream was found"
         if any(graph.sites[layer.site].cached for layer in graph.layers):

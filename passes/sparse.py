@@ -92,7 +92,7 @@ class SparseAttention(Pass):
         made = {op.call for op in OPS.values() if not op.captured}
         captured = {site.node for site in graph.sites}
         if any(node.target in made and node.name not in captured for node in graph.graph.nodes):
-            return "the model was rewritten before; name all passes in one recipe for the original"
+            return "the model was rewritten before; sparse attention takes an original and no token reduction"
         reasons = [self.why_not_at(graph.sites[layer.site]) for layer in graph.layers]
         return reasons[0] if all(reasons) else ""
 

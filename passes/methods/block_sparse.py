@@ -110,7 +110,7 @@ class BlockSparse(TileMethod):
 @register("x-attention")
 @dataclass(frozen=True)
 class XAttention(TileMethod):
-    """Every row of queries reads the tiles that hold `mass` of its attention, estimated along antidiagonals.
+    """Every row of queries reads the tiles that hold `threshold` of its attention, estimated along antidiagonals.
 
     Differs from the published code: the estimate sees all earlier keys at every length, any device computes the same,
     and `density` bounds the tiles, since an index has a fixed capacity.

@@ -10,8 +10,10 @@ import torch
 from zoo import FAMILIES
 
 import tamis
+from tamis.capture.factory import call_factory
 from tamis.errors import (
     BadParameter,
+    BadPassText,
     InputMismatch,
     NothingChanged,
     TargetMissing,
@@ -19,6 +21,7 @@ from tamis.errors import (
     UnknownParameter,
 )
 from tamis.passes import EViT, ToMe
+from tamis.rewrite import Pipeline
 from tamis.runtime.compiled import CompiledModel
 
 
@@ -111,3 +114,24 @@ def test_ids_that_the_vocabulary_does_not_have() -> None:
     for ask in (fast.verify, fast.benchmark, fast.run_original):
         with pytest.raises(InputMismatch, match="check token ids against the vocabulary"):
             ask(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"), [(ToMe, "it is the class, not a pass; write ToMe"), ([ToMe], "write ToMe"), (5, "no pass")]
+)
+def test_what_is_no_pass(passes: object, said: str) -> None:
+    family = FAMILIES["vit_small"]
+    with pytest.raises(BadPassText, match=said):
+        tamis.compile(family.shared(), family.inputs(2)[0], passes=passes)
+
+
+def test_a_pass_without_its_colon() -> None:
+    with pytest.raises(BadPassText, match="a ':' should follow tome"):
+        Pipeline.parse("tome r=2")
+
+
+def test_a_function_that_returns_a_bare_tensor(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import torch\n\ndef one():\n    return torch.nn.Identity(), torch.ones(2, 3)\n")
+    _, args, kwargs = call_factory(tmp_path / "mine.py", "one")
+    assert [tuple(one.shape) for one in args] == [(2, 3)]
+    assert kwargs == {}
