@@ -133,7 +133,6 @@ NEEDS_ALL: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tenso
 }
 TAKES_SOME: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
     "convolution before the layers": (hf_module("Wav2Vec2Model", "Wav2Vec2Config", **SOUND), sound),
-    "images behind one another": (hf_module("PixtralVisionModel", "PixtralVisionConfig", **IMAGE), lambda: images(64)),
     "a mask that learns positions": (timm_module("vit_relpos_small_patch16_224", **VIT), lambda: images(64)),
     "two attentions, one of them subtracted": (
         timm_module("vit_dlittle_patch16_reg1_gap_256", **DIFF),
