@@ -84,6 +84,7 @@ class Weights:
             for name, value in self.tensors.items()
             if name in expected and not _fits(tuple(value.shape), expected[name])
         ]
+        odd += [f"{name} holds {value.dtype}" for name, value in self.tensors.items() if not value.is_floating_point()]
         said = [
             f"{_listed(names)} {what}" for names, what in ((missing, "missing"), (surplus, "not asked for")) if names
         ]

@@ -126,6 +126,7 @@ def test_half_precision_files_are_widened_and_count_by_their_numbers(tmp_path: P
         ({}, "scorer.weight missing"),
         ({**TENSORS, "more": torch.ones(1)}, "more not asked for"),
         ({"scorer.weight": torch.ones(95)}, "scorer.weight is [95], not [96]"),
+        ({"scorer.weight": torch.ones(96, dtype=torch.int64)}, "scorer.weight holds torch.int64"),
     ],
 )
 def test_tensors_that_do_not_fit(tensors: dict[str, Tensor], said: str) -> None:
