@@ -15,6 +15,7 @@ from ..capture.program import rebuild
 from ..graph import Mask, TokenGraph
 from ..kernels.symbols import symbolic_counts
 from ..rewrite import Options, Outcome, Result
+from .layer_choice import able
 from .outputs import with_token_map
 from .regions import Block, Region, RegionInterpreter, Span
 from .retrace import retrace
@@ -28,11 +29,7 @@ def reduce_around(graph: TokenGraph, methods: Sequence[SubLayerReduction], optio
     """Give the methods' sub-layers fewer tokens, and put all of them back behind each."""
     outcomes: list[Outcome] = []
     regions: list[Region] = []
-    for method in methods:
-        reason = method.why_not(graph)
-        if reason:
-            outcomes.append(Outcome(str(method), None, "", False, reason))
-    ready = [method for method in methods if not method.why_not(graph)]
+    ready = able(graph, methods, outcomes)
     extended, weights = with_trained(
         graph, {one.before_attention or "": [(one, m) for m in ready] for one in graph.layers[:1]}
     )

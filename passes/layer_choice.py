@@ -1,11 +1,27 @@
-"""The layers a user chose: read from what was written, and checked against the layers there are."""
+"""Which methods can run on a graph, and at which layers: as the user wrote, checked against the layers there are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import BadParameter
+from ..graph import TokenGraph
+from ..rewrite import Outcome, Pass
+
+AnyPass = TypeVar("AnyPass", bound=Pass)
+
+
+def able(graph: TokenGraph, methods: Iterable[AnyPass], outcomes: list[Outcome]) -> list[AnyPass]:
+    """The methods that can run on the graph; of each other one an outcome says why not."""
+    found = []
+    for method in methods:
+        reason = method.why_not(graph)
+        if reason:
+            outcomes.append(Outcome(str(method), None, "", False, reason))
+        else:
+            found.append(method)
+    return found
 
 
 def read_layers(layers: Any, where: str, name: str = "layers") -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from ..graph import Layer, TokenGraph
 from ..kernels.symbols import symbolic_counts
 from ..rewrite import Options, Outcome, Result
 from .interpreter import ReductionInterpreter
+from .layer_choice import able
 from .outputs import with_token_map
 from .reduction import TokenReduction
 from .retrace import retrace
@@ -40,11 +41,7 @@ def reduce_tokens_of(graph: TokenGraph, methods: Sequence[TokenReduction], optio
 def _place(graph: TokenGraph, methods: Sequence[TokenReduction], outcomes: list[Outcome]) -> Placed:
     """Which methods run at which node; layers without the place they need are skipped with the reason."""
     placed: Placed = {}
-    for method in methods:
-        reason = method.why_not(graph)
-        if reason:
-            outcomes.append(Outcome(str(method), None, "", False, reason))
-            continue
+    for method in able(graph, methods, outcomes):
         for index in method.selected(len(graph.layers)):
             layer = graph.layers[index]
             node = place_in(layer, method.where)

@@ -16,6 +16,7 @@ from ..errors import MethodFailed, TamisError
 from ..graph import Layer, Site, TokenGraph, shape_text
 from ..rewrite import Outcome, Result
 from .cuts import real_tokens
+from .layer_choice import able
 from .replay import Replay
 from .retrace import retrace
 from .sparse import SparseAttention
@@ -40,11 +41,7 @@ def sparsify(graph: TokenGraph, methods: Sequence[SparseAttention]) -> Result:
 def _place(graph: TokenGraph, methods: Sequence[SparseAttention], outcomes: list[Outcome]) -> Placed:
     """Which method has which attention node; layers it cannot take are skipped with the reason."""
     placed: Placed = {}
-    for method in methods:
-        reason = method.why_not(graph)
-        if reason:
-            outcomes.append(Outcome(str(method), None, "", False, reason))
-            continue
+    for method in able(graph, methods, outcomes):
         for index in method.selected(len(graph.layers)):
             layer = graph.layers[index]
             site = graph.sites[layer.site]

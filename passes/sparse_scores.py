@@ -50,6 +50,24 @@ def tile_means(x: Tensor, heads: Heads, block: int) -> Tensor:
     return in_tiles(x.float() * real, block).sum(3) / in_tiles(real, block).sum(3).clamp(min=1)
 
 
+def real_tiles(heads: Heads, block: int) -> Tensor:
+    """[B or 1, 1, R] bool: which tiles hold a token that is no padding."""
+    return in_tiles(is_real(heads).float()[:, None, :, None], block).sum((3, 4)) > 0
+
+
+def seen_tiles(heads: Heads, block: int) -> Tensor:
+    """[B or 1, 1, R, R] bool: which tiles of keys a row may read, of those that hold tokens."""
+    real = real_tiles(heads, block)
+    row = torch.arange(real.shape[2], device=real.device)
+    return ((row <= row.unsqueeze(1)) if heads.causal else (row >= 0)) & real.unsqueeze(2)
+
+
+def pooled_logits(heads: Heads, keys: Tensor, block: int) -> Tensor:
+    """Products of the mean queries and mean keys [B, Hk, N, D] of tiles, scaled: [B, H, R, R]."""
+    queries, means = (tile_means(x, heads, block) for x in (heads.queries, keys))
+    return queries @ repeated(means, heads).transpose(2, 3) * heads.scale
+
+
 def last_queries(heads: Heads, many: int) -> tuple[Tensor, Tensor]:
     """Attention of the last `many` real tokens to all, [B, H, many, N]; their places [B, many], below 0 where none is.
 

@@ -16,7 +16,7 @@ from ...attention_index import SHARES, AttentionIndex, Heads
 from ...counts import exact
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import antidiagonal_scores, repeated, shared, tile_means
+from ..sparse_scores import antidiagonal_scores, pooled_logits, shared
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,7 @@ class BlockSparse(TileMethod):
 
     def scores(self, heads: Heads) -> Tensor:
         """Products of mean queries and mean keys."""
-        queries = tile_means(heads.queries, heads, self.block)
-        keys = repeated(tile_means(heads.keys, heads, self.block), heads)
-        return shared(queries @ keys.transpose(2, 3) * heads.scale, heads, self.share)
+        return shared(pooled_logits(heads, heads.keys, self.block), heads, self.share)
 
 
 @register("x-attention")

@@ -18,10 +18,12 @@ from ..sparse_scores import (
     covering,
     diagonal_sums,
     in_tiles,
-    is_real,
     last_queries,
+    pooled_logits,
     ranks,
+    real_tiles,
     repeated,
+    seen_tiles,
     shared,
     tile_means,
 )
@@ -107,9 +109,12 @@ class FlexPrefill(TileMethod):
         there = (place >= 0)[:, None, :, None].float()
         query = (queries * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
         keys = repeated(tile_means(heads.keys, heads, self.block), heads)
-        real = in_tiles(is_real(heads).float()[:, None, :, None], self.block).sum((3, 4)) > 0
         pooled = (query @ keys.transpose(2, 3) * heads.scale).squeeze(2)
-        pooled = shared(torch.where(real, pooled, torch.finfo(pooled.dtype).min).softmax(-1), heads, self.share)
+        pooled = shared(
+            torch.where(real_tiles(heads, self.block), pooled, torch.finfo(pooled.dtype).min).softmax(-1),
+            heads,
+            self.share,
+        )
         true = in_tiles(columns.unsqueeze(-1), self.block).sum((3, 4))
         middle = (pooled + true) / 2
         divergence = sum(
@@ -120,13 +125,10 @@ class FlexPrefill(TileMethod):
 
     def _mapped(self, heads: Heads) -> Tensor:
         """[B, S, R, C] bool: blocks that hold gamma of the pooled map, of all rows together."""
-        queries, keys = (tile_means(x, heads, self.block) for x in (heads.queries, heads.keys))
-        logits = queries @ repeated(keys, heads).transpose(2, 3) * heads.scale
-        row = torch.arange(logits.shape[2], device=logits.device)
-        real = in_tiles(is_real(heads).float()[:, None, :, None], self.block).sum((3, 4)) > 0
-        seen = (row <= row.unsqueeze(1)) & real.unsqueeze(2)
+        logits, seen = pooled_logits(heads, heads.keys, self.block), seen_tiles(heads, self.block)
         weights = torch.where(seen, logits, torch.finfo(logits.dtype).min).softmax(-1)
-        weights = shared(torch.where(seen & real.unsqueeze(3), weights, 0.0), heads, self.share)
+        seen = seen & real_tiles(heads, self.block).unsqueeze(3)
+        weights = shared(torch.where(seen, weights, 0.0), heads, self.share)
         flat = weights.flatten(2)
         flat = flat / flat.sum(-1, keepdim=True).clamp(min=1e-20)
         return covering(flat, self.gamma, crossing=False).reshape(weights.shape)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from ...attention_index import Heads
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import covering, in_tiles, is_real, repeated, shared, tile_means
+from ..sparse_scores import covering, is_real, pooled_logits, repeated, seen_tiles, shared, tile_means
 from .block_sparse import TileMethod
 
 
@@ -60,7 +60,6 @@ class Sparge(TileMethod):
         self.require(
             threshold=("0 or more", self.threshold >= 0),
             similarity=("between -1 and 1", -1 <= self.similarity <= 1),
-            crossing=("true or false", isinstance(self.crossing, bool)),
         )
 
     @property
@@ -71,16 +70,10 @@ class Sparge(TileMethod):
     def scores(self, heads: Heads) -> Tensor:
         """Pooled attention, 2 where a tile is mixed; -inf for tiles that are not read."""
         keys = heads.keys.float() - self._mean(heads.keys, heads)
-        queries, means = (
-            tile_means(heads.queries, heads, self.block),
-            repeated(tile_means(keys, heads, self.block), heads),
-        )
-        row = torch.arange(queries.shape[2], device=queries.device)
-        real = in_tiles(is_real(heads).float()[:, None, :, None], self.block).sum((3, 4)) > 0
-        seen = ((row <= row.unsqueeze(1)) if heads.causal else (row >= 0)) & real.unsqueeze(2)
+        seen = seen_tiles(heads, self.block)
         mixed = repeated(self._alike(keys, heads), heads) <= self.similarity
         told = seen & ~mixed.unsqueeze(2)
-        logits = torch.where(told, queries @ means.transpose(2, 3) * heads.scale, -torch.inf)
+        logits = torch.where(told, pooled_logits(heads, keys, self.block), -torch.inf)
         weights = logits.clamp(min=torch.finfo(logits.dtype).min).softmax(-1)
         weights = torch.where(told, weights, 0.0)
         chosen = covering(weights, self.threshold, crossing=self.crossing) & told
