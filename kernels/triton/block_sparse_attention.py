@@ -142,7 +142,7 @@ def block_sparse_kernel(
         k_row, v_row,
         WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all",
     )  # fmt: skip
-    owner = pack * PACK * sets // (tl.num_programs(1) * PACK)
+    owner = pack * sets // tl.num_programs(1)
     if tiles is not None and not DENSE:
         tiles += batch * tile_batch + owner * tile_set + tl.cast(row, tl.int64) * tile_row
         for slot in range(0, tile_count):
