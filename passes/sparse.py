@@ -1,7 +1,7 @@
 """`SparseAttention`: the base of every method that lets each query read few keys.
 
-A method is a frozen dataclass with one function, `index`, on plain tensors.  The compiler traces it and splices it in
-before the attention of every chosen layer, whose node becomes attention over the index.
+A method is a frozen dataclass with one function on plain tensors, `index`, or `attend` where attention is more than an
+index.  The compiler traces it and splices it in at the attention of every chosen layer.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class SparseAttention(Pass):
 
     family: ClassVar[str] = "sparse"
     bidirectional: ClassVar[bool] = False  # whether it also means something where tokens see later ones
+    indexed: ClassVar[bool] = True  # whether `index` says all; otherwise `attend` is the method's own
+    looks_ahead: ClassVar[bool] = False  # not `indexed`: whether later tokens change what a causal query gets
 
     layers: Any = field(default=None, kw_only=True)
 
@@ -42,12 +44,12 @@ class SparseAttention(Pass):
         super().__post_init__()
         object.__setattr__(self, "layers", read_layers(self.layers, self.name))
 
-    @abstractmethod
     def index(self, heads: Heads) -> AttentionIndex:
         """Decide which keys each query reads.  Traced: plain torch, no branch on data."""
+        raise NotImplementedError(f"{self.name} has no index")
 
     def attend(self, heads: Heads) -> Tensor:
-        """The attention's result [B, H, N, D]; a method whose attention is more than an index has its own."""
+        """The attention's result [B, H, N, D]; traced; a method that is not `indexed` has its own."""
         index = self.index(heads)
         return torch.ops.tamis.block_sparse_attention(
             heads.queries,
