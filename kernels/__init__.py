@@ -30,6 +30,7 @@ if __name__ == "tamis.kernels":
     from . import sample_tokens as sample_tokens
     from . import select_tokens as select_tokens
     from . import slash_tiles as slash_tiles
+    from . import summary_attention as summary_attention
     from . import token_count as token_count
     from . import valid_slots as valid_slots
     from . import weighted_match as weighted_match

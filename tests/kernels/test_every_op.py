@@ -97,7 +97,9 @@ def trace(op: Any, args: tuple[Any, ...]) -> tuple[Any, list[str], list[Any]]:
             sizes = [DimDynamic.STATIC]
         if value.is_floating_point() and value.dim() > 2:
             name = op.call._schema.arguments[index].name
-            for axis in {"mask": (-3,), "lse": (1,), "attention": (1,)}.get(name, (1, 3) if value.dim() == 4 else (2,)):
+            for axis in {"mask": (-3,), "lse": (1,), "attention": (1,), "summary_bias": (1,)}.get(
+                name, (1, 3) if value.dim() == 4 else (2,)
+            ):
                 sizes[axis] = DimDynamic.STATIC
         return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
