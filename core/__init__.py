@@ -28,6 +28,7 @@ _PUBLIC = {
     "Target": "target",
     "TamisError": "errors",
 }
+_MODULES = {"prompts": "runtime.prompts"}
 
 if TYPE_CHECKING:
     from .errors import TamisError as TamisError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .rewrite import Outcome as Outcome
     from .rewrite import Pass as Pass
     from .rewrite import Pipeline as Pipeline
+    from .runtime import prompts as prompts
     from .runtime.api import compile as compile
     from .runtime.api import load as load
     from .runtime.compiled import CompiledModel as CompiledModel
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
     from .tokens import Plan as Plan
     from .tokens import Tokens as Tokens
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tamis' has no attribute {name!r}")
     return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
