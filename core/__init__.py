@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "compile": "runtime.api",
     "load": "runtime.api",
+    "attention_recall": "runtime.recall",
     "CompiledModel": "runtime.compiled",
     "Recipe": "runtime.recipe",
     "TokenGraph": "graph",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .runtime.api import compile as compile
     from .runtime.api import load as load
     from .runtime.compiled import CompiledModel as CompiledModel
+    from .runtime.recall import attention_recall as attention_recall
     from .runtime.recipe import Recipe as Recipe
     from .schedule import Schedule as Schedule
     from .target import Target as Target

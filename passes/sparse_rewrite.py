@@ -28,7 +28,7 @@ Placed = dict[str, tuple[Layer, SparseAttention]]
 def sparsify(graph: TokenGraph, methods: Sequence[SparseAttention]) -> Result:
     """Replace attention by attention over an index at the layers that the methods want."""
     outcomes: list[Outcome] = []
-    placed = _place(graph, methods, outcomes)
+    placed = place(graph, methods, outcomes)
     if not placed:
         return Result(graph, tuple(outcomes))
     module = retrace(graph.program, SparseInterpreter(graph, placed).run_all)
@@ -38,7 +38,7 @@ def sparsify(graph: TokenGraph, methods: Sequence[SparseAttention]) -> Result:
     return Result(graph.with_program(rebuild(graph.program, module)), tuple(outcomes))
 
 
-def _place(graph: TokenGraph, methods: Sequence[SparseAttention], outcomes: list[Outcome]) -> Placed:
+def place(graph: TokenGraph, methods: Sequence[SparseAttention], outcomes: list[Outcome]) -> Placed:
     """Which method has which attention node; layers it cannot take are skipped with the reason."""
     placed: Placed = {}
     for method in able(graph, methods, outcomes):
@@ -71,7 +71,8 @@ class SparseInterpreter(Replay):
                 return super().run_node(n)
             return self._attend(*self.placed[n.name])
 
-    def _attend(self, layer: Layer, method: SparseAttention) -> Tensor:
+    def heads_at(self, layer: Layer) -> tuple[Heads, Any]:
+        """A layer's heads, and how to put their tokens back: `_order`, or None where nothing was moved."""
         site = self.graph_.sites[layer.site]
         q, k, v = (self.env[self.graph_.node(name)] for name in (site.q, site.k, site.v))
         order = self._order(site, q) if site.mask.padded else None
@@ -87,6 +88,10 @@ class SparseInterpreter(Replay):
             layers=len(self.graph_.layers),
             _before_rope=self._before_rope(site, order) if site.k_before_rope else None,
         )
+        return heads, order
+
+    def _attend(self, layer: Layer, method: SparseAttention) -> Tensor:
+        heads, order = self.heads_at(layer)
         try:
             out = method.attend(heads)
         except TamisError:
@@ -95,7 +100,7 @@ class SparseInterpreter(Replay):
             raise MethodFailed(
                 where=f"layer {layer.index}",
                 method=method,
-                shape=shape_text(q),
+                shape=shape_text(heads.queries),
                 reason=f"{type(error).__name__}: {first_line(error)}",
                 hint="a method is traced: plain torch, no branch on data.",
             ) from error

@@ -91,6 +91,14 @@ def input_nodes(program: ExportedProgram) -> list[Any]:
     return [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in lifted]
 
 
+def graph_inputs(program: ExportedProgram, call: Call) -> list[Any]:
+    """Values of all placeholders of the program's graph: weights and constants, and what the call gives."""
+    given = iter(pytree.tree_leaves(call))
+    held = {**program.constants, **program.state_dict}
+    specs = program.graph_signature.input_specs
+    return [next(given) if spec.kind.name == "USER_INPUT" else held[spec.target or ""] for spec in specs]
+
+
 def misfit(program: ExportedProgram, call: Call) -> str:
     """What of a call does not fit the program's inputs, in words; "" when number, types and dimensions do."""
     given = pytree.tree_leaves(call, is_leaf=lambda value: value is None)

@@ -1,0 +1,66 @@
+"""How much of the original's attention sparse attention passes would read, layer by layer and head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..attention_index import Heads
+from ..graph import Layer, TokenGraph
+from .sparse_rewrite import SparseInterpreter
+
+
+class LayerHeads(SparseInterpreter):
+    """Runs the original on values, as far as its last layer, and hands out each layer's heads on the way.
+
+    Values are let go of as soon as nothing further on reads them.
+    """
+
+    def __init__(self, graph: TokenGraph, layers: Sequence[int]) -> None:
+        super().__init__(graph, {})
+        self._at = {graph.sites[graph.layers[index].site].node: graph.layers[index] for index in layers}
+
+    def __call__(self, inputs: Sequence[Any]) -> Iterator[tuple[Layer, Heads]]:
+        """Each layer with its heads; `inputs` are the values of all placeholders."""
+        self.args_iter = iter(inputs)
+        nodes = self._needed()
+        unread = _last_readers(nodes)
+        for node in nodes:
+            if node.name in self._at:
+                yield self._at[node.name], self._heads(self._at[node.name])
+            if node is nodes[-1]:
+                return
+            with torch.no_grad():
+                self.env[node] = self.run_node(node)
+            for old in unread.get(node, ()):
+                if old not in self._kept:
+                    del self.env[old]
+
+    @torch.no_grad()
+    def _heads(self, layer: Layer) -> Heads:
+        return self.heads_at(layer)[0]
+
+    def _needed(self) -> list[fx.Node]:
+        """Nodes up to the last layer's attention; those that a layer's heads ask for besides q, k and v are kept."""
+        sites = [self.graph_.sites[layer.site] for layer in self._at.values()]
+        names = {name for site in sites for name in (site.k_before_rope, site.mask.node) if name}
+        nodes = list(self.module.graph.nodes)  # type: ignore[union-attr,arg-type]
+        self._kept = {node for node in nodes if node.name in names}
+        last = max(i for i, node in enumerate(nodes) if node.name in self._at)
+        return nodes[: last + 1]
+
+
+def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """By node, those that no later one of `nodes` reads; a node that none of them reads stands by itself."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        last[node] = node
+        for used in node.all_input_nodes:
+            last[used] = node
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, reader in last.items():
+        found.setdefault(reader, []).append(node)
+    return found
