@@ -30,17 +30,17 @@ def reduce_around(graph: TokenGraph, methods: Sequence[SubLayerReduction], optio
     outcomes: list[Outcome] = []
     regions: list[Region] = []
     ready = able(graph, methods, outcomes)
-    extended, weights = with_trained(
-        graph, {one.before_attention or "": [(one, m) for m in ready] for one in graph.layers[:1]}
-    )
+    branches = find_branches(graph)
+    blocks = [branch for branch in branches if branch.kind == "self"]
+    extended, weights = with_trained(graph, [(one.stream, m) for one in blocks[:1] for m in ready], len(blocks))
     for method in ready:
-        regions += _Placing(extended, method, outcomes).regions(regions)
+        regions += _Placing(extended, branches, method, outcomes).regions(regions)
     if not regions and not options.token_map:
         return Result(graph, tuple(outcomes))
     interpreter = RegionInterpreter(extended, regions, options, weights)
     with symbolic_counts() if options.symbolic_counts else nullcontext():
         module = retrace(extended.program, interpreter.run_all)
-    outcomes += map(interpreter.outcome_of, regions)
+    outcomes += [outcome for region in regions for outcome in interpreter.outcomes_of(region)]
     outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
     if not any(o.applied for o in outcomes) and not options.token_map:
         return Result(graph, tuple(outcomes))
@@ -52,17 +52,19 @@ def reduce_around(graph: TokenGraph, methods: Sequence[SubLayerReduction], optio
 class _Placing:
     """Finds the regions of one method in one graph; says of every sub-layer that gets none why."""
 
-    def __init__(self, graph: TokenGraph, method: SubLayerReduction, outcomes: list[Outcome]) -> None:
-        self.graph, self.method, self.outcomes = graph, method, outcomes
+    def __init__(
+        self, graph: TokenGraph, branches: Sequence[Branch], method: SubLayerReduction, outcomes: list[Outcome]
+    ) -> None:
+        self.graph, self.branches, self.method, self.outcomes = graph, branches, method, outcomes
         self.by_name = {node.name: node for node in graph.graph.nodes}
-        self.branches = find_branches(graph)
-        self.blocks = [branch for branch in self.branches if branch.kind == "self"]
+        self.blocks = [branch for branch in branches if branch.kind == "self"]
+        self.chosen = method.selected(len(self.blocks))
 
     def regions(self, taken: Sequence[Region]) -> list[Region]:
         """Regions around the wanted sub-layers that none of `taken` holds."""
         held = {node for region in taken for node in region.inside}
         found: list[Region] = []
-        for index in self.method.selected(len(self.blocks)):
+        for index in self.chosen:
             opener = self.blocks[index]
             block = self._block(index, opener)
             for span in self._wanted(opener):
@@ -87,6 +89,26 @@ class _Placing:
                 )
         if "block" in kinds:
             yield self._whole(opener)
+        if "layers" in kinds:
+            yield from self._in_a_row(opener)
+
+    def _in_a_row(self, opener: Branch) -> Iterator[Span]:
+        """The chosen layers of the stream as one, from the place where the first of them starts."""
+        assert opener.site is not None
+        site, places = self.graph.sites[opener.site], {self.blocks[index].site: index for index in self.chosen}
+        layers = [layer for layer in self.graph.layers if layer.site in places]
+        if opener.site not in [layer.site for layer in layers]:
+            yield Span("the layers", site.node, set(), (), self.by_name[site.node], None, site.reason)
+        if not layers or layers[0].site != opener.site:
+            return
+        start, last = self.by_name[opener.stream], layers[-1]
+        end = start if last.after_block is None else self.by_name[last.after_block]
+        inside = between(start, end)
+        reason = "; ".join(last.notes) if last.after_block is None else why_leaks(inside, end)
+        if last.index - layers[0].index >= len(layers):
+            reason = "the chosen layers do not follow each other"
+        more = tuple((places[layer.site], self.graph.sites[layer.site].node) for layer in layers[1:])
+        yield Span("the layers", site.node, inside, (start,), end, None, reason, more)
 
     def _whole(self, opener: Branch) -> Span:
         """A block whose queries alone are fewer; tokens that are none of them pass it by."""

@@ -25,7 +25,9 @@ def reduce_tokens_of(graph: TokenGraph, methods: Sequence[TokenReduction], optio
     placed = _place(graph, methods, outcomes)
     if not placed and not options.token_map:
         return Result(graph, tuple(outcomes))
-    extended, weights = with_trained(graph, placed)
+    extended, weights = with_trained(
+        graph, [(node, method) for node, at in placed.items() for _, method in at], len(graph.layers)
+    )
     interpreter = ReductionInterpreter(extended, placed, options, weights)
     with symbolic_counts() if options.symbolic_counts else nullcontext():
         module = retrace(extended.program, interpreter.run_all)

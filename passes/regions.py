@@ -35,20 +35,21 @@ class Block:
     start: fx.Node
     mask: Mask
     plan: Plan | None = None
-    valid: Tensor | None = None
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
     """Nodes of the graph that may run on fewer tokens.
 
-    kind     what they are: "self-attention", "cross-attention", "MLP", "the block"
+    kind     what they are: "self-attention", "cross-attention", "MLP", "the block", "the layers"
     site     what outcomes call them: the node of the attention, or the exit
     inside   the nodes, from the first behind the entries to the exit
     entries  values [B, N, C] outside of it, which enter it reduced
     exit     the value [B, N, C] that leaves it at full length
     passes   value [B, N, C] that dropped tokens leave with; None: zeros
     reason   why they cannot; "" where they can
+    more     the other layers that they hold, each by index and site
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Span:
     exit: fx.Node
     passes: fx.Node | None = None
     reason: str = ""
+    more: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(eq=False)
@@ -112,8 +114,8 @@ class RegionInterpreter(ReductionInterpreter):
 
     def _make_plan(self, block: Block, hidden: Tensor) -> None:
         place, rule = block.place, block.rule
-        block.valid = real_tokens(self.value_of(block.mask.node)) if block.mask.padded and block.mask.node else None
-        state = StreamState(hidden.shape[0], hidden.shape[1], block.valid, hidden.device)
+        valid = real_tokens(self.value_of(block.mask.node)) if block.mask.padded and block.mask.node else None
+        state = StreamState(hidden.shape[0], hidden.shape[1], valid, hidden.device)
         tokens = Tokens(
             hidden=hidden,
             rule=rule,
@@ -121,7 +123,7 @@ class RegionInterpreter(ReductionInterpreter):
             prefix=place.prefix,
             layer=place.index,
             layers=place.blocks,
-            valid=block.valid,
+            valid=valid,
             grid=block.method.grid_of(place),
             weights={name: self.value_of(node) for name, node in self.weights.get(id(block.method), {}).items()},
             carried=self._kept.get((id(block.method), block.start), {}),
@@ -129,7 +131,7 @@ class RegionInterpreter(ReductionInterpreter):
         )
         plan = plan_of(block.method, tokens)
         assert plan is not None  # these methods all reduce
-        block.plan = plan
+        block.plan, block.tokens = plan, tokens
         self._kept[id(block.method), block.start] = {**tokens.carried, **plan.carry}
 
     def _run_inside(self, n: fx.Node, region: Region) -> Any:
@@ -162,11 +164,13 @@ class RegionInterpreter(ReductionInterpreter):
         return value
 
     def _enter(self, region: Region) -> None:
-        plan, valid = region.block.plan, region.block.valid
+        plan, tokens = region.block.plan, region.block.tokens
         assert plan is not None
+        assert tokens is not None
         first, *others = (self.env[entry] for entry in region.span.entries)
-        region.state = StreamState(first.shape[0], first.shape[1], valid, first.device)
-        values = [region.state.advance(first, plan, size_bias=False)]
+        region.state = StreamState(first.shape[0], first.shape[1], tokens.valid, first.device)
+        reduced, own = (region.state.advance(first, plan, size_bias=False), region.block.method.shorten(first, tokens))
+        values = [reduced if own is None else own]
         values += [region.state.reduce(value, plan) for value in others]
         region.reduced = dict(zip(region.span.entries, values, strict=True))
 
@@ -175,8 +179,9 @@ class RegionInterpreter(ReductionInterpreter):
         if not isinstance(mark, Axes) or mark.dims != (1,) or mark.batch != 0 or mark.start:
             raise NeedsAll("its tokens are not all in axis 1")
         assert region.state is not None
-        whole: Tensor = restored_output(value, mark, region.state)
-        return whole
+        assert region.block.tokens is not None
+        whole = region.block.method.lengthen(value, region.block.tokens)
+        return restored_output(value, mark, region.state) if whole is None else whole
 
     def _with_passing(self, region: Region, whole: Tensor) -> Tensor:
         """What leaves a region, with what passed it by."""
@@ -199,12 +204,12 @@ class RegionInterpreter(ReductionInterpreter):
     def _refuse_opaque(self, n: fx.Node) -> None:
         """What has no form in torch has no rule either: its region is given up."""
 
-    def outcome_of(self, region: Region) -> Outcome:
-        """What happened to a region."""
-        block = region.block
-        name, index = str(block.method), block.place.index
+    def outcomes_of(self, region: Region) -> list[Outcome]:
+        """What happened to a region, for every layer that it holds."""
+        block, span = region.block, region.span
+        name, where = str(block.method), [(block.place.index, span.site), *span.more]
         if region.given_up:
-            return Outcome(name, index, region.span.site, False, region.given_up)
+            return [Outcome(name, index, site, False, region.given_up) for index, site in where]
         assert block.plan is not None
         counts = count_text(block.place.tokens), count_text(block.plan.out)
-        return Outcome(name, index, region.span.site, True, "", *counts, block.rule, inside=region.span.kind)
+        return [Outcome(name, index, site, True, "", *counts, block.rule, inside=span.kind) for index, site in where]

@@ -11,13 +11,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..counts import CountRule
 from ..graph import TokenGraph
 from ..rewrite import Options, Pass, Result
 from ..tokens import Plan, Tokens
 from .layer_choice import chosen_layers, read_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class SubLayerReduction(Pass):
     @property
     @abstractmethod
     def kinds(self) -> frozenset[str]:
-        """Sub-layers that are reduced: "self", "cross" (attention) and "mlp"; or "block": its queries, not its keys."""
+        """Sub-layers that are reduced: "self", "cross" (attention) and "mlp"; or "block": its queries, not its keys.
+
+        Or "layers": the chosen layers of the stream, which must follow each other, as one.
+        """
 
     @abstractmethod
     def rule(self, place: Place) -> CountRule | str:
@@ -88,6 +94,14 @@ class SubLayerReduction(Pass):
     @abstractmethod
     def plan(self, tokens: Tokens) -> Plan:
         """Decide where each token goes, from what enters the block.  Traced: plain torch, no branch on data."""
+
+    def shorten(self, x: Tensor, tokens: Tokens) -> Tensor | None:
+        """[B, N', C] what enters in place of x [B, N, C]; None: what the plan makes of it."""
+        return None
+
+    def lengthen(self, y: Tensor, tokens: Tokens) -> Tensor | None:
+        """[B, N, C] what leaves where y [B, N', C] comes out; None: for each token what its slot has."""
+        return None
 
     def grid_of(self, place: Place) -> tuple[int, int] | None:
         """Rows and columns of a block's tokens; None where they are not known."""

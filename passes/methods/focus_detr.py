@@ -38,7 +38,8 @@ class FocusDETR(TrainedPass, SubLayerReduction):
     Args:
         keep_ratio: fraction of tokens in the foreground.
         fractions: of those, the part updated by each layer; the last holds for all further layers.
-        layers: layers to do this in; all of the encoder's by default.
+        layers: layers to do this in, all of the encoder's by default; those of a decoder behind it count on, as in all
+            passes around sub-layers.
         weights: the scorer, `enc_mask_predictor.`: layer1.0 (layer norm), layer1.1 (C -> C), layer2.0 (C -> C/2),
             layer2.2 (C/2 -> C/4), layer2.4 (C/4 -> 1), each with weight and bias.
     """

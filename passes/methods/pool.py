@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from ...counts import CountRule
 from ...errors import BadParameter
 from ...graph import TokenGraph
@@ -20,6 +17,7 @@ from ...registry import register
 from ...tokens import Plan, Tokens
 from ..properties import CONSERVES_MASS, EXACT_COUNT, KEEPS_SURVIVORS, SCALE_FREE
 from ..reduction import TokenReduction
+from ..windows import window_plan
 
 
 @register("pool")
@@ -92,44 +90,4 @@ class Pool(TokenReduction):
 
     def plan(self, tokens: Tokens) -> Plan:
         """Slots by place alone; the first token of a window leads it."""
-        assert tokens.grid is not None
-        rows, columns = (side // self.window for side in tokens.grid)
-        batch, count = tokens.hidden.shape[:2]
-        slot, leader = self._slots(tokens, count, columns), self._leaders(tokens, columns)
-        return Plan(
-            slot.expand(batch, -1).contiguous(),
-            leader.expand(batch, -1).contiguous(),
-            tokens.out,
-            (tokens.prefix + self._moved(tokens, count, columns)).expand(batch, -1).contiguous(),
-            weight=tokens.sizes,
-            spare=False,
-            grid=(rows, columns),
-        )
-
-    def _slots(self, tokens: Tokens, count: int, columns: int) -> Tensor:
-        """[1, N] int64."""
-        every = torch.arange(count, device=tokens.hidden.device).unsqueeze(0)
-        place, wide = (every - tokens.prefix).clamp(min=0), columns * self.window
-        cell = place // wide // self.window * columns + place % wide // self.window
-        return torch.where(every < tokens.prefix, every, tokens.prefix + cell)
-
-    def _leaders(self, tokens: Tokens, columns: int) -> Tensor:
-        """[1, N'] int64."""
-        every = torch.arange(tokens.out, device=tokens.hidden.device).unsqueeze(0)
-        cell, wide = (every - tokens.prefix).clamp(min=0), columns * self.window
-        first = cell // columns * self.window * wide + cell % columns * self.window
-        return torch.where(every < tokens.prefix, every, tokens.prefix + first)
-
-    def _moved(self, tokens: Tokens, count: int, columns: int) -> Tensor:
-        """[1, N - N'] int64 places of the patches that lead no window, ascending.
-
-        A band of windows has window - 1 of them in each window of its first row, and all of its other rows.
-        """
-        window, wide = self.window, columns * self.window
-        among_leaders = columns * (window - 1)
-        band = among_leaders + (window - 1) * wide
-        number = torch.arange(count - tokens.out, device=tokens.hidden.device).unsqueeze(0)
-        within = number % band
-        first_row = within // (window - 1) * window + within % (window - 1) + 1
-        others = within - among_leaders + wide
-        return number // band * window * wide + torch.where(within < among_leaders, first_row, others)
+        return window_plan(tokens, self.window)

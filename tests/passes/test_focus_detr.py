@@ -134,6 +134,14 @@ def test_other_layers_say_why_not():
     assert skipped == [(3, why), (4, why)]
 
 
+def test_layers_count_through_all_streams():
+    """The decoder's two follow the encoder's three, for the scorer's tensors as for the places."""
+    with pytest.raises(NothingChanged, match="deepest stream"):
+        Pipeline.parse([FocusDETR(weights=weights(), layers=[4])]).run(captured())
+    result = Pipeline.parse([FocusDETR(weights=weights(), layers=[-4])]).run(captured())
+    assert [one.layer for one in applied(result)] == [1]
+
+
 def test_scores_are_made_once():
     count = sum("select_tokens" in str(node.target) for node in rewritten().graph.graph.nodes)
     sizes = [
