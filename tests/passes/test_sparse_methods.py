@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that leave much out of a hundred
     "bigbird": {"block": 8, "random": 1},
     "block-sparse": {"density": 0.3, "block": 8},
     "flex-prefill": {"block": 8, "min_budget": 8, "gamma": 0.6, "tau": 0.3},
+    "hip": {"sink": 3, "local": 9, "chunks": [8, 4], "keeps": [40, 16], "strides": [2, 1], "block": 8},
     "longformer": {"window": 12, "first": 2},
     "sparge": {"block": 8, "threshold": 0.7, "similarity": 0.05, "density": 0.5},
     "streaming-llm": {"local": 12},
