@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention_index import Heads
+from ..kernels.hash_scores import hash_scores
 from .stream_state import take_rows
+
+WIDEST = 1 << 15  # tiles of a row that random draws tell apart
 
 
 def shared(scores: Tensor, heads: Heads, share: str) -> Tensor:
@@ -134,6 +137,15 @@ def antidiagonal_scores(heads: Heads, block: int, stride: int) -> Tensor:
         seen = seen & (group * stride < heads.lengths.reshape(-1, 1, 1, 1))
     weights = torch.where(seen, logits, torch.finfo(torch.float32).min).softmax(-1)
     return torch.where(seen, weights, 0.0).reshape(batch, many, rows, per, rows, per).sum((3, 5))
+
+
+def drawn_tiles(heads: Heads, block: int, seed: int, scope: Tensor | None = None) -> Tensor:
+    """Random scores of tiles [1, 1, R, C] from an integer hash of (seed, layer, row, tile), the same for all inputs.
+
+    scope  int64 [1, S, 1, 1]: another draw for each of its values, [1, S, R, C]
+    """
+    tile = torch.arange((heads.tokens + block - 1) // block, device=heads.queries.device)
+    return hash_scores(tile.unsqueeze(1) * WIDEST + tile[None, None, None], seed, heads.layer, scope).float()
 
 
 def ranks(scores: Tensor) -> Tensor:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ...attention_index import AttentionIndex, Heads
-from ...kernels.hash_scores import hash_scores
 from ...registry import register
 from ..sparse import SparseAttention
-
-WIDEST = 1 << 15  # tiles of a row that random draws tell apart
+from ..sparse_scores import drawn_tiles
 
 
 @register("longformer")
@@ -97,7 +95,7 @@ class BigBird(SparseAttention):
         device = heads.queries.device
         tile = torch.arange((heads.tokens + self.block - 1) // self.block, device=device)
         row = tile.unsqueeze(1)
-        drawn = hash_scores(row * WIDEST + tile, self.seed, heads.layer).float()[None, None]
+        drawn = drawn_tiles(heads, self.block, self.seed)
         end = tile[-1:] if heads.lengths is None else ((heads.lengths - 1) // self.block).reshape(-1, 1, 1, 1)
         always = ((row - tile).abs() <= 1) | (tile == 0) | (tile == end)
         scores = torch.where(always, torch.inf, drawn)

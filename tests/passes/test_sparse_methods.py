@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that leave much out of a hundred
     "flex-prefill": {"block": 8, "min_budget": 8, "gamma": 0.6, "tau": 0.3},
     "hip": {"sink": 3, "local": 9, "chunks": [8, 4], "keeps": [40, 16], "strides": [2, 1], "block": 8},
     "longformer": {"window": 12, "first": 2},
+    "random-tiles": {"density": 0.3, "block": 8, "share": "layer"},  # a draw of its own goes by the head's place
     "sparge": {"block": 8, "threshold": 0.7, "similarity": 0.05, "density": 0.5},
     "streaming-llm": {"local": 12},
     "tri-shape": {"sink": 3, "local": 9, "last": 5},
@@ -247,6 +248,16 @@ def test_x_attention_example() -> None:
 
 def test_flex_prefill_example() -> None:
     assert facts(FlexPrefill(block=4, gamma=0.8, min_budget=4, tau=0.1))[:2] == ([120, 136], 0.9833)
+
+
+def test_random_tiles_are_another_draw_for_each_head_layer_and_seed() -> None:
+    heads = drawn(13, 128)
+    method = small("random-tiles", share="query")
+    tiles = method.index(heads).tiles
+    others = replace(method, seed=1).index(heads).tiles, method.index(replace(heads, layer=2)).tiles
+    assert all(not torch.equal(tiles, other) for other in (*others, tiles.flip(1)))
+    assert torch.equal(tiles, method.index(replace(heads, queries=heads.queries + 1)).tiles)
+    assert ((tiles == 0).any(-1) & (tiles == 8 * torch.arange(16).reshape(1, 1, 16, 1)).any(-1)).all()
 
 
 def test_a_divergence_with_zeros_is_a_number() -> None:
