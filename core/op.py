@@ -1,8 +1,8 @@
 """What an op is: one object that says all that is known of it, defined in one file of `kernels/`.
 
-An op in a graph is a `torch.library` op `tamis::NAME` with its reference as implementation on every device and a shape
-rule for tracing.  Lowering replaces it: by its reference inlined as ATen on CPU, by its Triton twin on CUDA where it
-has one (`triton`), by a model-local function in ONNX.
+An op in a graph is a `torch.library` op `tamis::NAME` with its reference as implementation on every device (a CPU may
+have one of its own) and a shape rule for tracing.  Lowering replaces it: by its reference inlined as ATen on CPU, by
+its Triton twin on CUDA where it has one (`triton`), by a model-local function in ONNX.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Op:
     fake       shape rule: same arguments, empty results
     onnx       same arguments -> OnnxCall; None where `parts` is what ONNX files get, or only lowering for GPUs makes it
     parts      the definition in other ops of ours
+    on_cpu     what a CPU runs where a program calls the op, where that is faster than the reference; same results to
+               rounding, never traced
     captured   whether models hold it before any pass has run
     flops      same arguments (tensors as shapes) -> floating point operations, multiply and add counted as two
     samples    argument tuples that the generic tests run: reference, fake, ONNX, and later Triton, must agree on them
@@ -67,6 +69,7 @@ class Op:
     triton: str | None = None
     parts: Callable[..., Any] | None = None
     captured: bool = False
+    on_cpu: Callable[..., Any] | None = None
 
     @property
     def qualified(self) -> str:
@@ -101,6 +104,8 @@ def define_op(op: Op) -> Op:
     library = _LIBRARY[0]
     library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    if op.on_cpu is not None:
+        library.impl(op.name, op.on_cpu, "CPU")
     torch.library.register_fake(op.qualified, op.fake, lib=library)
     register_flop_formula(getattr(torch.ops.tamis, op.name))(op.flops)
     OPS[op.name] = op

@@ -39,6 +39,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..op import OnnxCall, Op, define_op
 from .attention import grouped_logits, grouped_mix
+from .block_sparse_rows import Reach, attend_rows
 from .onnx_block_sparse import BlockSparseAttention
 from .rows import take_rows
 
@@ -172,6 +173,30 @@ def _of_each(x: Tensor, sets: int, listed: Tensor, count: Any) -> Tensor:
     return take_rows(x, listed).reshape(batch * sets * count, 1, listed.shape[1] // count, size)
 
 
+def on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: MaybeTensor,
+    columns: MaybeTensor,
+    lengths: MaybeTensor,
+    share: str,
+    rows: int,
+    width: int,
+    sink: int,
+    local: int,
+    first: int,
+    last: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same where a program on a CPU calls the op."""
+    reach = Reach(rows, width, sink, local, causal)
+    out = attend_rows(q, k, v, tiles, columns, lengths, share, reach, scale, softcap)
+    return _with_dense(out, q, k, v, lengths, first, last, scale, causal, softcap) if first or last else out
+
+
 def _with_dense(
     out: Tensor,
     q: Tensor,
@@ -271,6 +296,7 @@ BLOCK_SPARSE_ATTENTION = define_op(
         schema="(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? columns, Tensor? lengths, str share, int rows, "
         "int width, int sink, int local, int first, int last, float scale, bool causal, float? softcap=None) -> Tensor",
         reference=reference,
+        on_cpu=on_cpu,
         fake=fake,
         onnx=onnx,
         flops=flops,

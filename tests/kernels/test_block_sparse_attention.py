@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 import tamis.kernels  # noqa: F401  (registers the ops)
+from tamis.op import OPS
 
-attend = torch.ops.tamis.block_sparse_attention
+called = torch.ops.tamis.block_sparse_attention  # on a CPU, row after row
+inlined = OPS["block_sparse_attention"].reference  # what is compiled: all keys gathered
+both = pytest.mark.parametrize("attend", [called, inlined], ids=["called", "inlined"])
 
 
 def pairs(
@@ -78,8 +81,9 @@ def drawn_index(generator: Any, batch: int, scope: int, tokens: int, rows: int, 
     return tiles, columns
 
 
+@both
 @pytest.mark.parametrize("seed", range(24))
-def test_random_indices_equal_the_definition(seed: int) -> None:
+def test_random_indices_equal_the_definition(seed: int, attend: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -117,9 +121,10 @@ def test_random_indices_equal_the_definition(seed: int) -> None:
     torch.testing.assert_close(sums, read.expand_as(sums).float(), rtol=1e-5, atol=1e-5)
 
 
+@both
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128, 129, 1000])
 @pytest.mark.parametrize("group", [1, 4])
-def test_a_full_index_is_dense_attention(tokens: int, group: int) -> None:
+def test_a_full_index_is_dense_attention(tokens: int, group: int, attend: Any) -> None:
     generator = torch.Generator().manual_seed(tokens)
     q = torch.randn(1, 2 * group, tokens, 16, generator=generator)
     k, v = (torch.randn(1, 2, tokens, 16, generator=generator) for _ in range(2))
@@ -131,15 +136,17 @@ def test_a_full_index_is_dense_attention(tokens: int, group: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_head_h_reads_key_head_h_over_group() -> None:
+@both
+def test_head_h_reads_key_head_h_over_group(attend: Any) -> None:
     q, k = torch.zeros(1, 6, 5, 4), torch.zeros(1, 3, 5, 4)
     v = torch.arange(3.0).reshape(1, 3, 1, 1).expand(1, 3, 5, 4)
     got = attend(q, k, v, None, None, None, "layer", 2, 1, 1, 2, 0, 0, 1.0, True)
     assert got[0, :, :, 0].unique(dim=1).flatten().tolist() == [0, 0, 1, 1, 2, 2]
 
 
+@both
 @pytest.mark.parametrize("causal", [True, False])
-def test_tokens_that_are_not_read_do_not_matter(causal: bool) -> None:
+def test_tokens_that_are_not_read_do_not_matter(causal: bool, attend: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(3))
     lengths, tiles = torch.tensor([21]), torch.tensor([[4]] * 8).int().reshape(1, 1, 8, 1)

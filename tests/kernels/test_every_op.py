@@ -41,7 +41,12 @@ def test_opcheck(op, args):
 @every_sample
 def test_the_registered_op_is_the_reference(op, args):
     for got, expected in zip(results(op.call(*args)), results(op.reference(*args)), strict=True):
-        assert_same(got, expected)
+        if op.on_cpu is None:
+            assert_same(got, expected)
+        else:  # the same sums in another order
+            limit = {"rtol": 2e-3, "atol": 2e-3} if got.dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-6}
+            assert got.stride() == expected.stride()
+            torch.testing.assert_close(got, expected, **limit)
 
 
 @every_sample
