@@ -27,6 +27,9 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that leave much out of a hundred
     "a-shape": {"sink": 3, "local": 9},
     "bigbird": {"block": 8, "random": 1},
     "block-sparse": {"density": 0.3, "block": 8},
+    "cca": {"span": 4, "local": 6},
+    "combiner": {"span": 4},
+    "dilated": {"step": 3, "local": 4, "sink": 2, "first": 1},
     "flex-prefill": {"block": 8, "min_budget": 8, "gamma": 0.6, "tau": 0.3},
     "hip": {"sink": 3, "local": 9, "chunks": [8, 4], "keeps": [40, 16], "strides": [2, 1], "block": 8},
     "longformer": {"window": 12, "first": 2},
@@ -138,9 +141,7 @@ def test_equal_tokens_give_numbers(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("share", ["layer", "kv", "query"])
-@pytest.mark.parametrize(
-    "name", sorted(set(SMALL) - {"a-shape", "tri-shape", "streaming-llm", "longformer", "bigbird"})
-)
+@pytest.mark.parametrize("name", [name for name in SMALL if hasattr(methods()[name], "share")])
 def test_a_shared_choice_is_one(name: str, share: str) -> None:
     heads = drawn(10, 90)
     index = small(name, share=share).index(heads)

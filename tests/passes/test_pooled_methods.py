@@ -1,0 +1,167 @@
+"""Methods whose attention is more than an index, against weights written out token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pooled_oracle as oracle
+import pytest
+import torch
+from decoders import captured as captured_decoder
+from decoders import prompt
+from pooled_oracle import mixed, model_by_hand
+from rewriting import captured, run
+from sparse_oracle import drawn, fixture
+from test_sparse_decoders import logits, original
+from torch import Tensor
+from zoo import FAMILIES
+
+import tamis
+from tamis.attention_index import Heads
+from tamis.errors import BadParameter
+from tamis.passes.methods.combiner import CCA, Combiner
+from tamis.passes.methods.dilated import Dilated
+from tamis.rewrite import Pipeline, build_pass
+
+Weighed = Callable[[Heads, Any], Tensor]
+CASES: dict[str, tuple[Any, Weighed]] = {
+    "combiner": (Combiner(span=4), oracle.combiner),
+    "combiner-mean": (Combiner(span=5, pool="mean", log_size=True), oracle.combiner),
+    "cca": (CCA(span=4, local=6), oracle.cca),
+    "cca-aligned": (CCA(span=3, local=4), oracle.cca),
+    "dilated": (Dilated(step=2, local=5, sink=3), oracle.dilated),
+    "dilated-first": (Dilated(step=3, local=3, sink=2, first=2), oracle.dilated),
+}
+every_case = pytest.mark.parametrize(("method", "weighed"), CASES.values(), ids=CASES)
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+@every_case
+@pytest.mark.parametrize("tokens", [1, 4, 23])
+def test_attention_is_what_the_definition_weighs(method: Any, weighed: Weighed, tokens: int) -> None:
+    heads = drawn(tokens, tokens, lengths=[tokens, max(1, tokens - 8)])
+    for one in (heads, replace(heads, lengths=None, softcap=1.5)):
+        torch.testing.assert_close(method.attend(one).double(), mixed(one, weighed(one, method)), rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_the_cases_are_not_dense(method: Any, weighed: Weighed) -> None:
+    heads = drawn(1, 23)
+    found, dense = weighed(heads, method), weighed(heads, method.full(23))
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 4, 23, dtype=torch.float64))
+    assert (mixed(heads, found) - mixed(heads, dense)).norm() > 0.05 * mixed(heads, dense).norm()
+
+
+@every_case
+def test_where_tokens_see_later_ones(method: Any, weighed: Weighed) -> None:
+    if not method.bidirectional:
+        return
+    heads = replace(drawn(2, 23, lengths=[23, 14]), causal=False)
+    expected = mixed(heads, weighed(heads, method))
+    torch.testing.assert_close(method.attend(heads).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_later_tokens_change_nothing(method: Any, weighed: Weighed) -> None:
+    """The first 13 of 23 tokens get what they would get alone."""
+    heads = drawn(3, 23)
+    alone = replace(heads, **{part: getattr(heads, part)[:, :, :13] for part in ("queries", "keys", "values")})
+    torch.testing.assert_close(method.attend(heads)[:, :, :13], method.attend(alone), rtol=1e-5, atol=1e-5)
+
+
+def shares(method: Any) -> Tensor:
+    """What the last token of the fixture's first head gives to every token."""
+    heads = fixture()
+    return method.attend(replace(heads, values=torch.eye(16).double()[None, None]))[0, 0, 15]
+
+
+def test_combiner_example() -> None:
+    found = shares(Combiner(span=4))
+    assert rounded(found[:12].reshape(3, 4).sum(1)) == [0.0010, 0.1318, 0.0007]
+    assert rounded(found[12:]) == [0.0010, 0.0032, 0.1988, 0.6635]
+
+
+def test_cca_example() -> None:
+    found = CCA(span=4).weights(fixture())[0, 0, :2, 0]
+    assert rounded(found[0]) == [0.2412, 0.1350, 0.0755, 0.5483]
+    assert rounded(found[1]) == [0.9718, 0.0146, 0.0086, 0.0050]
+
+
+def test_cca_reads_no_token_twice() -> None:
+    """As printed, token 12 of 1 .. 16 would be in group 3 and in the window of 4 tokens."""
+    window = oracle.cca(drawn(4, 16), CCA(span=4, local=4))[0, 0, 15]
+    assert window.sum().item() == pytest.approx(1)
+    groups = CCA(span=4, local=4).weights(fixture())[0, 0, 2, 0]
+    found = shares(CCA(span=4, local=4))[8:12].float()
+    torch.testing.assert_close(found, groups * found.sum())
+
+
+@pytest.mark.parametrize(("name", "case"), [("llama", "combiner"), ("qwen2", "cca"), ("llama", "dilated-first")])
+def test_decoders_are_what_the_definition_weighs(name: str, case: str) -> None:
+    """A whole model with its second layer's attention written out, beside the rewritten one."""
+    method, weighed = CASES[case]
+    model, graph = captured_decoder(name)
+    result = Pipeline.parse(replace(method, layers=[1])).run(graph)
+    assert [o.layer for o in result.outcomes if o.applied] == [1]
+    inputs = prompt(2, 29, None)
+    expected = model_by_hand(model, inputs, 1, True, lambda heads: mixed(heads, weighed(heads, method)))
+    torch.testing.assert_close(logits(result.graph.program.module(), inputs), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - original(model, inputs)).norm() > 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("case", ["combiner-mean", "dilated-first"])
+def test_encoders_are_what_the_definition_weighs(case: str) -> None:
+    method, weighed = CASES[case]
+    model = FAMILIES["bert"].shared()
+    result = Pipeline.parse(replace(method, layers=[1])).run(captured("bert", torch.float32))
+    inputs = prompt(2, 29, None)
+    expected = model_by_hand(model, inputs, 1, False, lambda heads: mixed(heads, weighed(heads, method)))
+    torch.testing.assert_close(run(result, ((), inputs))[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_on_any_side_changes_nothing_in_a_model() -> None:
+    """Rows of a padded batch give what they give alone."""
+    _, graph = captured_decoder("llama")
+    both = [replace(CASES[name][0], layers=[layer]) for layer, name in enumerate(("combiner", "cca"))]
+    result = Pipeline.parse(both).run(graph)
+    program, inputs = result.graph.program.module(), prompt(3, 29, "mixed")
+    together = logits(program, inputs)
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        ids = inputs["input_ids"][row, mask][None]
+        alone = logits(program, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        torch.testing.assert_close(together[row, mask], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "passes", ["combiner:span=4,layers=[0] + cca:span=4,local=6,layers=[1]", "dilated:local=4,sink=2,first=1"]
+)
+def test_exported_files_give_the_same(passes: str, tmp_path: Any) -> None:
+    model, _ = captured_decoder("llama")
+    inputs = prompt(2, 40, "left")
+    fast = tamis.compile(model, kwargs=inputs, passes=passes)
+    fast.export(tmp_path / "sparse.onnx")
+    loaded = tamis.load(tmp_path / "sparse.onnx")
+    other = prompt(3, 57, "mixed")
+    real = other["attention_mask"].bool()
+    torch.testing.assert_close(loaded(**other)["logits"][real], logits(fast, other)[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("combiner", {"span": 0}),
+        ("combiner", {"pool": "median"}),
+        ("cca", {"span": 0}),
+        ("cca", {"local": 0}),
+        ("dilated", {"step": 0}),
+        ("dilated", {"first": -1}),
+    ],
+)
+def test_wrong_parameters_are_said(name: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(BadParameter, match=next(iter(parameters))):
+        build_pass(name, parameters)

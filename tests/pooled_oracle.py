@@ -1,0 +1,154 @@
+"""How much of each token every query reads, by the definitions of the methods that pool, group or dilate: plain loops.
+
+Each function gives weights [B, H, N, N] in float64, by which the values are mixed; rows of padding are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamis.attention_index import Heads
+from tamis.passes.methods.combiner import CCA, Combiner
+from tamis.passes.methods.dilated import Dilated
+
+Summary = tuple[Tensor, Tensor, float]
+
+
+class Head:
+    """One head of one row of the batch: its real tokens, float64."""
+
+    def __init__(self, heads: Heads, row: int, head: int) -> None:
+        end = heads.queries.shape[2] if heads.lengths is None else int(heads.lengths[row])
+        self.q = heads.queries[row, head, :end].double()
+        self.k = heads.keys[row, head // heads.group, :end].double()
+        self.scale, self.softcap, self.causal, self.end, self.head = heads.scale, heads.softcap, heads.causal, end, head
+
+    def logits(self, query: Tensor, keys: Tensor) -> Tensor:
+        found = keys @ query * self.scale
+        return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
+
+    def spans(self, size: int) -> list[range]:
+        return [range(at, min(at + size, self.end)) for at in range(0, self.end, size)]
+
+
+def weights_of(heads: Heads, row_of: Callable[[Head], Tensor]) -> Tensor:
+    """One head after the other: row_of gives [end, end]."""
+    batch, many, tokens = heads.queries.shape[:3]
+    found = torch.zeros(batch, many, tokens, tokens, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(many):
+            one = Head(heads, b, h)
+            found[b, h, : one.end, : one.end] = row_of(one)
+    return found
+
+
+def mixed(heads: Heads, weights: Tensor) -> Tensor:
+    return weights @ heads.values.double().repeat_interleave(heads.group, 1)
+
+
+def _one_softmax(one: Head, near: Callable[[int], Iterator[int]], summaries: list[Summary]) -> Tensor:
+    """near: tokens a query reads; summaries: key, weights of tokens [end], added to the logit.
+
+    A summary is read where no token it stands for is near, and none is later in causal attention.
+    """
+    found = torch.zeros(one.end, one.end, dtype=torch.float64)
+    for i in range(one.end):
+        tokens = list(near(i))
+        far = [
+            (key, parts, bias)
+            for key, parts, bias in summaries
+            if not set(parts.nonzero().flatten().tolist()) & set(tokens)
+            and not (one.causal and int(parts.nonzero().max()) > i)
+        ]
+        logits = [one.logits(one.q[i], one.k[tokens])]
+        logits += [one.logits(one.q[i], key[None]) + bias for key, _, bias in far]
+        share = torch.cat(logits).softmax(0)
+        found[i, tokens] = share[: len(tokens)]
+        for part, (_, parts, _) in zip(share[len(tokens) :], far, strict=True):
+            found[i] += part * parts
+    return found
+
+
+def combiner(heads: Heads, method: Combiner) -> Tensor:
+    def row_of(one: Head) -> Tensor:
+        summaries = []
+        for span in one.spans(method.span):
+            q, k = one.q[list(span)], one.k[list(span)]
+            query, key = (x.amax(0) if method.pool == "max" else x.mean(0) for x in (q, k))
+            parts = torch.zeros(one.end, dtype=torch.float64)
+            parts[list(span)] = one.logits(query, k).softmax(0)
+            bias = float(torch.tensor(float(len(span))).double().log()) if method.log_size else 0.0
+            summaries.append((key, parts, bias))
+
+        def near(i: int) -> Iterator[int]:
+            start = i // method.span * method.span
+            yield from range(start, i + 1 if one.causal else min(start + method.span, one.end))
+
+        return _one_softmax(one, near, summaries)
+
+    return weights_of(heads, row_of)
+
+
+def cca(heads: Heads, method: CCA) -> Tensor:
+    """Counted from 1, as on the page: groups 1 .. j, j = max(0, floor((i - s) / g)), and tokens j * g + 1 .. i."""
+
+    def row_of(one: Head) -> Tensor:
+        summaries = []
+        for span in one.spans(method.span):
+            k = one.k[list(span)]
+            parts = torch.zeros(one.end, dtype=torch.float64)
+            parts[list(span)] = one.logits(one.q[span[-1]], k).softmax(0)
+            summaries.append((parts[list(span)] @ k, parts, 0.0))
+
+        def near(i: int) -> Iterator[int]:
+            groups = max(0, (i + 1 - method.local) // method.span)
+            yield from range(groups * method.span, i + 1)
+
+        return _one_softmax(one, near, summaries)
+
+    return weights_of(heads, row_of)
+
+
+def dilated(heads: Heads, method: Dilated) -> Tensor:
+    def row_of(one: Head) -> Tensor:
+        found = torch.zeros(one.end, one.end, dtype=torch.float64)
+        for i in range(one.end):
+            tokens = [
+                j
+                for j in range(i + 1 if one.causal else one.end)
+                if j < method.sink
+                or i < method.first
+                or (abs(i - j) % method.step == 0 and abs(i - j) // method.step < method.local)
+            ]
+            found[i, tokens] = one.logits(one.q[i], one.k[tokens]).softmax(0)
+        return found
+
+    return weights_of(heads, row_of)
+
+
+@torch.no_grad()
+def model_by_hand(model: Any, inputs: Any, layer: int, causal: bool, attention: Callable[[Heads], Tensor]) -> Any:
+    """A transformers model on rows without padding whose layer `layer` attends as told, others as ever; in float32."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen = []
+
+    def answer(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> tuple[Tensor, None]:
+        seen.append(module)
+        if len(seen) - 1 != layer:
+            rest = {**rest, "is_causal": causal}
+            return sdpa_attention_forward(module, query, key, value, None, **rest)
+        heads = Heads(query, key, value, None, rest["scaling"], causal, None, layer, 2)
+        return attention(heads).to(query.dtype).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("by_hand", answer)
+    model.set_attn_implementation("by_hand")
+    try:
+        return model(**inputs)[0]
+    finally:
+        model.set_attn_implementation("sdpa")
