@@ -47,23 +47,25 @@ class Held:
         return (self.read / self.visible).tolist() if self.visible else [1.0] * len(self.read)
 
 
-def held(heads: Heads, indexes: Sequence[AttentionIndex], after: int = 0) -> list[Held]:
+def held(heads: Heads, indexes: Sequence[AttentionIndex], after: int = 0, every: int = 1) -> list[Held]:
     """How much of the dense attention of some heads each index reads, over real queries at places `after` and later.
 
     Logits and weights are float32, sums float64.
+
+    every  look at one query of so many, from place `after` on
     """
     batch, many, tokens = heads.queries.shape[:3]
     sums = torch.zeros(len(indexes), 2, many, dtype=torch.float64)
     queries = visible = 0
     step = max(1, AT_ONCE // (batch * many * tokens))
-    for start in range(min(after, tokens), tokens, step):
-        stop = min(start + step, tokens)
-        seen = _seen(heads, start, stop)
-        weights = _weights(heads, seen, start, stop)
+    places = torch.arange(min(after, tokens), tokens, every, device=heads.queries.device)
+    for few in places.split(step) if len(places) else ():
+        seen = _seen(heads, few)
+        weights = _weights(heads, seen, few)
         queries += int(seen.any(-1).expand(batch, -1, -1).sum())
         visible += int(seen.expand(batch, -1, -1, -1).sum())
         for index, both in zip(indexes, sums, strict=True):
-            pairs = (_read(index, heads, start, stop) & seen).expand(batch, -1, -1, -1)
+            pairs = (_read(index, heads, few) & seen).expand(batch, -1, -1, -1)
             apart = weights.reshape(batch, pairs.shape[1], -1, *weights.shape[2:])
             mass = torch.where(pairs.unsqueeze(2), apart, 0.0).sum(-1).double().sum((0, 3)).flatten()
             read = pairs.sum((0, 2, 3)).double().repeat_interleave(many // pairs.shape[1])
@@ -71,18 +73,18 @@ def held(heads: Heads, indexes: Sequence[AttentionIndex], after: int = 0) -> lis
     return [Held(mass, read, queries, visible) for mass, read in sums]
 
 
-def _seen(heads: Heads, start: int, stop: int) -> Tensor:
-    """[B or 1, 1, q, N] bool: what dense attention reads; nothing for padding."""
+def _seen(heads: Heads, queries: Tensor) -> Tensor:
+    """[B or 1, 1, q, N] bool: what dense attention reads of queries at places [q]; nothing for padding."""
     real = is_real(heads)
-    query = torch.arange(start, stop, device=real.device).unsqueeze(1)
+    query = queries.unsqueeze(1)
     key = torch.arange(heads.tokens, device=real.device)
-    below = (key <= query) if heads.causal else (key >= 0).expand(stop - start, -1)
-    return (below & real.unsqueeze(1) & real[:, start:stop].unsqueeze(2)).unsqueeze(1)
+    below = (key <= query) if heads.causal else (key >= 0).expand(len(queries), -1)
+    return (below & real.unsqueeze(1) & real[:, queries].unsqueeze(2)).unsqueeze(1)
 
 
-def _weights(heads: Heads, seen: Tensor, start: int, stop: int) -> Tensor:
+def _weights(heads: Heads, seen: Tensor, queries: Tensor) -> Tensor:
     """[B, H, q, N] float32: dense attention."""
-    logits = heads.queries[:, :, start:stop].float() @ repeated(heads.keys, heads).float().transpose(2, 3)
+    logits = heads.queries[:, :, queries].float() @ repeated(heads.keys, heads).float().transpose(2, 3)
     logits = logits * heads.scale
     if heads.softcap is not None:
         logits = torch.tanh(logits / heads.softcap) * heads.softcap
@@ -90,17 +92,17 @@ def _weights(heads: Heads, seen: Tensor, start: int, stop: int) -> Tensor:
     return torch.where(seen, weights, 0.0)
 
 
-def _read(index: AttentionIndex, heads: Heads, start: int, stop: int) -> Tensor:
+def _read(index: AttentionIndex, heads: Heads, queries: Tensor) -> Tensor:
     """[B or 1, S, q, N] bool: what the index names for these queries, visible or not."""
     device, tokens = heads.queries.device, heads.tokens
-    query = torch.arange(start, stop, device=device).unsqueeze(1)
+    query = queries.unsqueeze(1)
     key = torch.arange(tokens, device=device)
     named = (key < index.sink) | ((query - key).abs() < index.local) | (query < index.first)
     named = named[None, None]
     if index.last:
         ends = torch.full((1,), tokens, device=device) if heads.lengths is None else heads.lengths
         named = named | (query >= ends.reshape(-1, 1, 1, 1) - index.last)
-    row = torch.arange(start, stop, device=device) // index.rows
+    row = queries // index.rows
     for lists, width in ((index.tiles, index.width), (index.columns, 1)):
         if lists is not None:
             few = lists[:, :, row[0] : row[-1] + 1].long()

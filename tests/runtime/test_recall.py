@@ -158,3 +158,16 @@ def test_a_method_without_an_index_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(AShape, "indexed", False)
     with pytest.raises(NothingChanged, match="more than keys"):
         tamis.attention_recall(graph, kwargs=prompt(1, 20, None), passes="a-shape")
+
+
+def test_some_queries_stand_for_all() -> None:
+    heads = drawn(4, 101, lengths=[101, 60])
+    index = BlockSparse(density=0.3, block=8).index(heads)
+    mask, dense = expanded(index, heads), weights(heads)
+    (found,) = held(heads, [index], after=16, every=17)
+    places = torch.arange(16, 101, 17)
+    assert found.queries == 5 + 3  # 16, 33, 50, 67, 84; of the shorter row the first three
+    expected = (dense * mask)[:, :, places].sum((0, 2, 3)) / found.queries
+    torch.testing.assert_close(torch.tensor(found.recall).double(), expected, rtol=1e-5, atol=1e-6)
+    assert found.density == pytest.approx((mask[:, :, places].sum((0, 2, 3)) / found.visible).tolist())
+    assert held(heads, [index], after=101, every=17)[0].queries == 0
