@@ -28,3 +28,10 @@ class ToolMissing(TamisError):
     """A program that reads binaries is not there."""
 
     template = "{tool}: not found, so {what} cannot be read.\n  hint: {hint}"
+
+
+class KernelRefuses(TamisError):
+    """An op without which a rewrite saves nothing has no kernel for what it is asked to do on a GPU."""
+
+    template = "node {node} ({op}) cannot run on a GPU as a kernel: {reason}.\n  hint: {hint}"
+    exit_code = 2

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..op import Op, all_arguments
+from ..target_errors import KernelRefuses
 from .splice import op_of
 
 
@@ -36,7 +37,11 @@ class Placed:
 
 
 def place_twins(graph: fx.Graph) -> list[Placed]:
-    """Put the twins of all ops that have one into a graph, in place; what became of every tamis node, in order."""
+    """Put the twins of all ops that have one into a graph, in place; what became of every tamis node, in order.
+
+    Raises:
+        KernelRefuses: an op that saves nothing without its kernel (`Twin.required`) has none for its arguments.
+    """
     from ..kernels.triton.launch import as_torch_op
 
     placed = []
@@ -51,10 +56,21 @@ def place_twins(graph: fx.Graph) -> list[Placed]:
     return placed
 
 
+def require_kernels(graph: fx.Graph) -> None:
+    """Raise KernelRefuses where a graph cannot be placed (see `place_twins`), and change nothing."""
+    for node in graph.nodes:
+        op = op_of(node)
+        if op is not None and op.triton is not None:
+            _placed(node, op)
+
+
 def _placed(node: fx.Node, op: Op) -> Placed:
     from ..kernels.triton import twin_of
 
     given = tuple(all_arguments(op.call, node.args, node.kwargs))
     arguments, twin = fx.map_arg(given, lambda one: one.meta["val"]), twin_of(op)
     reason = "it has no kernel" if twin is None else twin.why_not(*arguments)
+    if reason and twin is not None and twin.required:
+        hint = "choose what the kernel has (the pass's block, the model's type), or another target."
+        raise KernelRefuses(node=node.name, op=op.name, reason=reason, hint=hint)
     return Placed(node.name, op, None if reason else twin, reason, arguments)

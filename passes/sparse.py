@@ -96,7 +96,7 @@ class SparseAttention(Pass):
         if any(node.target in made and node.name not in captured for node in graph.graph.nodes):
             return "the model was rewritten before; sparse attention takes an original and no token reduction"
         reasons = [self.why_not_at(graph.sites[layer.site]) for layer in graph.layers]
-        return reasons[0] if all(reasons) else ""
+        return f"{reasons[0]}{_beside(graph)}" if all(reasons) else ""
 
     def why_not_at(self, site: Site) -> str:
         """Why the method cannot run at one attention site; "" when it can."""
@@ -126,3 +126,14 @@ class SparseAttention(Pass):
     def selected(self, layers: int) -> list[int]:
         """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
         return chosen_layers(range(layers) if self.layers is None else self.layers, layers, self.name)
+
+
+def _beside(graph: TokenGraph) -> str:
+    """What attention there is beside the stream's, for a reason: "" where there is none."""
+    others = [site for site in graph.sites if site.role != "stream"]
+    if not others:
+        return ""
+    roles = sorted({"cross-attention" if site.role == "cross" else "attention of another stream" for site in others})
+    return (
+        f"; beside it is {' and '.join(roles)} ({', '.join(s.module or s.node for s in others)}), which no pass takes"
+    )

@@ -187,6 +187,11 @@ def build(
         token_map=options.token_map,
         symbolic_counts=options.mode is not None,
     )
+    target = _target(options.target, graph)
+    if target.device != "cpu":
+        from ..lowering.twins import require_kernels
+
+        require_kernels(result.graph.graph)
     recipe = Recipe(
         passes=tuple(map(str, pipeline.passes)),
         model=source,
@@ -204,7 +209,7 @@ def build(
         call=call,
         recipe=recipe,
         report=_report(prepared, result, recipe),
-        target=_target(options.target, graph),
+        target=target,
         mode=options.mode,
         token_map=options.token_map,
         never_slower=never_slower,

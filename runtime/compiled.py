@@ -17,6 +17,7 @@ from ..report import Benchmark, Drift, Report
 from ..target import Target
 from .guard import Guard
 from .inputs import Call, Inputs, called, describe, mask_of, misfit
+from .positions import Tables
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class CompiledModel(nn.Module):
         self.token_map = token_map
         self.guard = Guard(self.benchmark) if never_slower else None
         self._inputs = Inputs.of(graph.program)
+        self._positions = Tables(graph.program)
         self._callables: dict[str, Callable[..., Any]] = {}
         self._adopt_weights()
         self.eval()
@@ -76,6 +78,7 @@ class CompiledModel(nn.Module):
         return self._run("result", self.graph, (args, kwargs))
 
     def _run(self, which: str, graph: TokenGraph, call: Call) -> Any:
+        self._positions.check(call, self.graph.name)
         try:
             return called(self._lowered(which, graph), call, self.graph.name)
         except (AttributeError, RuntimeError, TypeError, ValueError, InputMismatch) as error:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
 from ..attention_index import Heads
-from ..capture.closure import ancestors
+from ..capture.partial_run import values_of
 from ..errors import InputMismatch
 from ..graph import TokenGraph
 from ..passes.sparse import UNDERSTOOD
@@ -63,7 +62,7 @@ def question_attention(model: Any, many: int) -> Callable[[Tensor], Tensor]:
             got=got,
             hint=f"give {SHOWN}.",
         )
-    run = _until(graph.program, [site.q, site.k])
+    run = values_of(graph.program, [site.q, site.k])
     inputs = input_nodes(graph.program)
     names = [node.name for node in inputs]
     wanted = [node.name for node in inputs if isinstance(node.meta.get("val"), Tensor)]
@@ -94,21 +93,6 @@ def _graph(model: Any) -> TokenGraph:
         return capture(model)
     ids = torch.zeros(2, 8, dtype=torch.int64, device=_device(model))
     return capture(model, (ids,)) if _names(model) is None else capture(model, kwargs={"input_ids": ids})
-
-
-def _until(program: ExportedProgram, wanted: list[str]) -> Callable[[list[Any]], Any]:
-    """The values of some nodes as a function of a program's flat inputs; what they do not need does not run."""
-    module = program.module()
-    ends = [node for node in module.graph.nodes if node.name in wanted]
-    needed = set(ends).union(*map(ancestors, ends))
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node in needed or node.op == "placeholder":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for name in wanted for node in ends if node.name == name))
-    interpreter = fx.Interpreter(fx.GraphModule(module, graph))
-    return lambda values: interpreter.run(*values, enable_io_processing=False)
 
 
 def _device(model: Any) -> torch.device:

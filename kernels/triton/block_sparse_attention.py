@@ -267,4 +267,4 @@ def examples() -> Iterator[tuple[Any, ...]]:
     yield small, small, small, None, None, None, "layer", 64, 1, 4, 1024, 0, 64, 0.1, True
 
 
-TWIN = Twin(work, examples, refuses)
+TWIN = Twin(work, examples, refuses, required=True)

@@ -72,11 +72,13 @@ class Twin:
               never by data, and makes no constant of a SymInt
     examples  arguments on the meta device at the sizes of models: what tests compile for every architecture
     why_not   the arguments of the op -> why these kernels do not serve them; "" when they do
+    required  whether running the reference on a GPU instead would defeat the op's purpose
     """
 
     work: Callable[..., Work]
     examples: Callable[[], Iterable[tuple[Any, ...]]]
     why_not: Callable[..., str] = lambda *_: ""
+    required: bool = False
 
 
 def run(twin: Twin, *args: Any) -> Any:

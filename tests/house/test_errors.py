@@ -9,12 +9,31 @@ from typing import Any
 
 import pytest
 
-from tamis import drawing_errors, errors, onnx_errors, recipe_errors, stream_errors, weight_errors
+from tamis import (
+    call_errors,
+    drawing_errors,
+    errors,
+    onnx_errors,
+    recipe_errors,
+    stream_errors,
+    target_errors,
+    weight_errors,
+)
 from tamis.errors import TamisError
 
+MODULES = (
+    call_errors,
+    drawing_errors,
+    errors,
+    onnx_errors,
+    recipe_errors,
+    stream_errors,
+    target_errors,
+    weight_errors,
+)
 CLASSES = [
     cls
-    for module in (drawing_errors, errors, onnx_errors, recipe_errors, stream_errors, weight_errors)
+    for module in MODULES
     for _, cls in inspect.getmembers(module, inspect.isclass)
     if issubclass(cls, TamisError) and cls is not TamisError and cls.__module__ == module.__name__
 ]
