@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +71,37 @@ class Heads:
     def group(self) -> int:
         """Query heads per key head."""
         return int(self.queries.shape[1]) // int(self.keys.shape[1])
+
+    def of(self, chosen: Sequence[int]) -> Heads:
+        """Some query heads, ascending, with their key heads: one for each group that is whole, else one for each."""
+        own = key_heads(chosen, self.group)
+        return replace(
+            self,
+            queries=some_heads(self.queries, chosen),
+            keys=some_heads(self.keys, own),
+            values=some_heads(self.values, own),
+            _before_rope=lambda: some_heads(self.keys_before_rope, own),
+        )
+
+
+def key_heads(chosen: Sequence[int], group: int) -> list[int]:
+    """Key heads of some query heads: each once where they are whole groups, else one for every query head."""
+    own = [head // group for head in chosen]
+    whole = list(dict.fromkeys(own))
+    return whole if len(whole) * group == len(own) else own
+
+
+def some_heads(x: Tensor, chosen: Sequence[int], axis: int = 1) -> Tensor:
+    """The chosen ones along an axis of x, in their order; x itself when they are all of it."""
+    from torch import cat
+
+    runs = [[chosen[0], chosen[0] + 1]]
+    for head in chosen[1:]:
+        if head == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([head, head + 1])
+    if runs == [[0, x.shape[axis]]]:
+        return x
+    parts = [x.narrow(axis, start, stop - start) for start, stop in runs]
+    return parts[0] if len(parts) == 1 else cat(parts, axis)

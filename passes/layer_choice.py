@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..errors import BadParameter
@@ -36,6 +36,24 @@ def read_layers(layers: Any, where: str, name: str = "layers") -> tuple[int, ...
     raise BadParameter(
         where=where, name=name, rule="a list of layer indices", got=repr(layers), hint=f"for example {name}=[3,6,9]."
     )
+
+
+def read_heads(heads: Any, where: str, name: str = "heads") -> tuple[int, ...] | dict[int, list[int]] | None:
+    """A parameter that names heads, the same in all layers or by layer; None stays; raises BadParameter."""
+    if heads is None:
+        return None
+    each = heads if isinstance(heads, Mapping) else {0: heads}
+    found = {}
+    for layer, chosen in each.items():
+        many = (chosen,) if _is_whole(chosen) else chosen
+        numbers = isinstance(many, Sequence) and not isinstance(many, str | bytes) and all(map(_is_whole, many))
+        if not (_is_whole(layer) and numbers and many):
+            rule, hint = "a list of head indices, or {layer: list}", f"for example {name}=[0,2] or {name}={{3:[0,2]}}."
+            raise BadParameter(where=where, name=name, rule=rule, got=repr(heads), hint=hint)
+        found[layer] = list(many)
+    if not found:
+        raise BadParameter(where=where, name=name, rule="for some layer", got=repr(heads), hint="leave it out.")
+    return found if isinstance(heads, Mapping) else tuple(found[0])
 
 
 def chosen_layers(chosen: Iterable[int], layers: int, where: str, name: str = "layers") -> list[int]:

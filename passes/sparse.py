@@ -20,7 +20,7 @@ from ..errors import BadParameter
 from ..graph import Site, TokenGraph
 from ..op import OPS
 from ..rewrite import Options, Pass, Result
-from .layer_choice import chosen_layers, read_layers
+from .layer_choice import chosen_layers, read_heads, read_layers
 
 UNDERSTOOD = ("full", "padding", "causal")  # kinds of mask that causality and the number of real tokens say whole
 
@@ -31,6 +31,8 @@ class SparseAttention(Pass):
 
     Args:
         layers: layer indices (0-based, negative from the end); all of them by default.
+        heads: query heads, a list for all layers or `{layer: list}`, which names the layers too; all by default.  The
+            others of a layer belong to other passes, or stay dense.
     """
 
     family: ClassVar[str] = "sparse"
@@ -39,10 +41,14 @@ class SparseAttention(Pass):
     looks_ahead: ClassVar[bool] = False  # not `indexed`: whether later tokens change what a causal query gets
 
     layers: Any = field(default=None, kw_only=True)
+    heads: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layers", read_layers(self.layers, self.name))
+        object.__setattr__(self, "heads", read_heads(self.heads, self.name))
+        if isinstance(self.heads, dict):
+            self.require(layers=("left out where heads names the layers", self.layers is None))
 
     def index(self, heads: Heads) -> AttentionIndex:
         """Decide which keys each query reads.  Traced: plain torch, no branch on data."""
@@ -125,7 +131,21 @@ class SparseAttention(Pass):
 
     def selected(self, layers: int) -> list[int]:
         """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
+        if isinstance(self.heads, dict):
+            return chosen_layers(self.heads, layers, self.name, "heads")
         return chosen_layers(range(layers) if self.layers is None else self.layers, layers, self.name)
+
+    def selected_heads(self, layer: int, layers: int, heads: int) -> list[int]:
+        """Query heads of a layer this pass wants, out of `heads`; raises BadParameter for one that does not exist."""
+        chosen = self.heads
+        if isinstance(chosen, dict):
+            chosen = chosen.get(layer) or chosen.get(layer - layers)
+        every = range(heads) if chosen is None else chosen
+        odd = next((head for head in every if not -heads <= head < heads), None)
+        if odd is not None:
+            hint = f"layer {layer} has {heads} query heads."
+            raise BadParameter(where=self.name, name="heads", rule=f"between 0 and {heads - 1}", got=odd, hint=hint)
+        return sorted({head % heads for head in every})
 
 
 def _beside(graph: TokenGraph) -> str:

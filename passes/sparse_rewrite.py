@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.traceback import set_current_meta
 
-from ..attention_index import Heads
+from ..attention_index import Heads, key_heads, some_heads
 from ..capture.program import rebuild
 from ..error_text import first_line
-from ..errors import MethodFailed, TamisError
+from ..errors import BadParameter, MethodFailed, TamisError
 from ..graph import Layer, Site, TokenGraph, shape_text
 from ..rewrite import Outcome, Result
 from .cuts import real_tokens
@@ -22,24 +23,37 @@ from .retrace import retrace
 from .sparse import SparseAttention
 from .stream_state import take_rows
 
-Placed = dict[str, tuple[Layer, SparseAttention]]
+
+@dataclass(frozen=True)
+class Part:
+    """A method and the query heads of one layer that it has, ascending."""
+
+    method: SparseAttention
+    heads: tuple[int, ...]
+
+
+Placed = dict[str, tuple[Layer, list[Part]]]  # by attention node; heads in no part stay dense
 
 
 def sparsify(graph: TokenGraph, methods: Sequence[SparseAttention]) -> Result:
-    """Replace attention by attention over an index at the layers that the methods want."""
+    """Replace attention by attention over an index at the layers, and for the heads, that the methods want."""
     outcomes: list[Outcome] = []
     placed = place(graph, methods, outcomes)
     if not placed:
         return Result(graph, tuple(outcomes))
     module = retrace(graph.program, SparseInterpreter(graph, placed).run_all)
-    for node, (layer, method) in placed.items():
-        outcomes.append(Outcome(str(method), layer.index, node, True, method.reads))
+    for node, (layer, parts) in placed.items():
+        outcomes += [Outcome(str(part.method), layer.index, node, True, part.method.reads) for part in parts]
     outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
     return Result(graph.with_program(rebuild(graph.program, module)), tuple(outcomes))
 
 
 def place(graph: TokenGraph, methods: Sequence[SparseAttention], outcomes: list[Outcome]) -> Placed:
-    """Which method has which attention node; layers it cannot take are skipped with the reason."""
+    """Which methods have which attention node; layers they cannot take are skipped with the reason.
+
+    Of two that want a head, the later one has it.  Raises BadParameter for layers and heads that do not exist, and
+    where heads share a choice with heads that the method does not have.
+    """
     placed: Placed = {}
     for method in able(graph, methods, outcomes):
         for index in method.selected(len(graph.layers)):
@@ -49,11 +63,34 @@ def place(graph: TokenGraph, methods: Sequence[SparseAttention], outcomes: list[
             if reason:
                 outcomes.append(Outcome(str(method), index, site.node, False, reason))
                 continue
-            if site.node in placed:
-                before = str(placed[site.node][1])
-                outcomes.append(Outcome(before, index, site.node, False, f"{method} has this layer"))
-            placed[site.node] = layer, method
+            chosen = method.selected_heads(index, len(graph.layers), site.heads)
+            before = placed[site.node][1] if site.node in placed else []
+            left = _without(before, chosen)
+            for lost in (part for part in before if not any(part.method is one.method for one in left)):
+                outcomes.append(Outcome(str(lost.method), index, site.node, False, f"{method} has this layer"))
+            placed[site.node] = layer, [*left, Part(method, tuple(chosen))]
+    for layer, parts in placed.values():
+        for part in parts:
+            _check_groups(part, layer, graph.sites[layer.site])
     return placed
+
+
+def _without(parts: Sequence[Part], taken: Sequence[int]) -> list[Part]:
+    """The parts without some heads; those with none left are gone."""
+    left = [Part(part.method, tuple(head for head in part.heads if head not in taken)) for part in parts]
+    return [part for part in left if part.heads]
+
+
+def _check_groups(part: Part, layer: Layer, site: Site) -> None:
+    group = site.heads // site.kv_heads
+    if getattr(part.method, "share", "") == "kv" and len({h // group for h in part.heads}) * group != len(part.heads):
+        raise BadParameter(
+            where=part.method.name,
+            name="heads",
+            rule=f"whole groups of {group} where share=kv",
+            got=f"{list(part.heads)} at layer {layer.index}",
+            hint=f"heads {group} * n to {group} * n + {group - 1} share keys; or share=query.",
+        )
 
 
 class SparseInterpreter(Replay):
@@ -65,11 +102,34 @@ class SparseInterpreter(Replay):
         self._orders: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, or its method."""
+        """Run one node, or its methods."""
         with set_current_meta(n):
             if n.name not in self.placed:
                 return super().run_node(n)
-            return self._attend(*self.placed[n.name])
+            layer, parts = self.placed[n.name]
+            heads, order = self.heads_at(layer)
+            many = self.graph_.sites[layer.site].heads
+            if [part.heads for part in parts] == [tuple(range(many))]:
+                return self._attend(layer, parts[0].method, heads, order)
+            found = [(part.heads, self._attend(layer, part.method, heads.of(part.heads), order)) for part in parts]
+            dense = sorted(set(range(many)).difference(*(part.heads for part in parts)))
+            return joined([*found, (dense, self._dense(n, layer, dense))] if dense else found)
+
+    def _dense(self, n: fx.Node, layer: Layer, chosen: Sequence[int]) -> Tensor:
+        """The original attention of some heads of a layer."""
+        site = self.graph_.sites[layer.site]
+        own = key_heads(chosen, site.heads // site.kv_heads)
+        inputs = {site.q: chosen, site.k: own, site.v: own}
+
+        def of_chosen(arg: fx.Node) -> Any:
+            value = self.env[arg]
+            if arg.name in inputs:
+                return some_heads(value, inputs[arg.name])
+            each = arg.name == site.mask.node and value.dim() == 4 and value.shape[1] == site.heads > 1
+            return some_heads(value, chosen) if each else value
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), of_chosen)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def heads_at(self, layer: Layer) -> tuple[Heads, Any]:
         """A layer's heads, and how to put their tokens back: `_order`, or None where nothing was moved."""
@@ -90,8 +150,7 @@ class SparseInterpreter(Replay):
         )
         return heads, order
 
-    def _attend(self, layer: Layer, method: SparseAttention) -> Tensor:
-        heads, order = self.heads_at(layer)
+    def _attend(self, layer: Layer, method: SparseAttention, heads: Heads, order: Any) -> Tensor:
         try:
             out = method.attend(heads)
         except TamisError:
@@ -117,6 +176,19 @@ class SparseInterpreter(Replay):
             order = valid.to(torch.int32).sort(dim=1, descending=True, stable=True).indices
             self._orders[name] = order, order.argsort(1), valid.sum(1)
         return self._orders[name]
+
+
+def joined(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Results [B, h, N, D] of some heads each as one of all heads, a view of [B, N, H, D]."""
+    places = sorted((head, index, place) for index, (heads, _) in enumerate(parts) for place, head in enumerate(heads))
+    runs: list[list[int]] = []
+    for _, index, place in places:
+        if runs and runs[-1][0] == index and runs[-1][2] == place:
+            runs[-1][2] += 1
+        else:
+            runs.append([index, place, place + 1])
+    pieces = [parts[index][1].transpose(1, 2).narrow(2, start, stop - start) for index, start, stop in runs]
+    return torch.cat(pieces, 2).transpose(1, 2)
 
 
 def _ordered(x: Tensor, order: Any) -> Tensor:

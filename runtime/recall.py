@@ -11,10 +11,10 @@ import torch
 from ..attention_index import Heads
 from ..errors import BadParameter, NothingChanged
 from ..graph import TokenGraph
-from ..passes.index_pairs import Held, held
+from ..passes.index_pairs import held
 from ..passes.sparse import SparseAttention
 from ..passes.sparse_recall import LayerHeads
-from ..passes.sparse_rewrite import Placed, place
+from ..passes.sparse_rewrite import Part, Placed, place
 from ..rewrite import Outcome, Pipeline
 from .inputs import Call, graph_inputs
 
@@ -23,8 +23,9 @@ SHARING = ("layer", "kv")
 
 @dataclass(frozen=True)
 class LayerRecall:
-    """One layer under one pass; numbers are per query head.
+    """One layer; numbers are per query head, 1 for heads that stay dense.
 
+    method   the pass, or all of them with their heads
     recall   mean over queries of the dense attention on the keys that are read, of 1
     density  pairs read over pairs that dense attention reads
     alone    recall when every query head has its own choice; None where heads share none
@@ -73,7 +74,7 @@ class AttentionRecall:
         return {**asdict(self), "recall": self.recall, "density": self.density, "alone": self.alone}
 
     def __str__(self) -> str:
-        rows = [("layer", "density", "recall", "lowest head", "not shared", "pass")]
+        rows: list[tuple[str, ...]] = [("layer", "density", "recall", "lowest head", "not shared", "pass")]
         for one in self.layers:
             alone = "" if one.alone is None else f"{_mean(one.alone):.4f}"
             means = f"{_mean(one.density):.4f}", f"{_mean(one.recall):.4f}", f"{min(one.recall):.4f}"
@@ -119,7 +120,7 @@ def recalls(graph: TokenGraph, call: Call, pipelines: Sequence[Pipeline], after:
     """`attention_recall` of several pipelines in one run of a captured model."""
     outcomes: list[list[Outcome]] = [[] for _ in pipelines]
     placed = [_placed(graph, pipeline, out) for pipeline, out in zip(pipelines, outcomes, strict=True)]
-    wanted = sorted({layer.index for one in placed for layer, _ in one.values()})
+    wanted = sorted({layer.index for each in placed for layer, _ in each.values()})
     rows: list[list[LayerRecall]] = [[] for _ in pipelines]
     for layer, heads in LayerHeads(graph, wanted)(graph_inputs(graph.program, call)):
         site = graph.sites[layer.site].node
@@ -157,11 +158,11 @@ def _placed(graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> P
                 where="attention_recall", name="passes", rule="sparse attention", got=repr(str(one)), hint=hint
             )
     placed = place(graph, [one for one in pipeline.passes if isinstance(one, SparseAttention)], outcomes)
-    for site, (layer, method) in list(placed.items()):
-        if not method.indexed:
+    for site, (layer, parts) in list(placed.items()):
+        if odd := next((part for part in parts if not part.method.indexed), None):
             del placed[site]
             reason = "it reads more than keys of the prompt, of which no part of attention can be said"
-            outcomes.append(Outcome(str(method), layer.index, site, False, reason))
+            outcomes.append(Outcome(str(odd.method), layer.index, site, False, reason))
     if not placed:
         reasons = "\n".join(dict.fromkeys(f"  {one.reason}" for one in outcomes)) or "  no pass was given"
         raise NothingChanged(passes=str(pipeline) or "attention_recall", reasons=reasons)
@@ -169,16 +170,30 @@ def _placed(graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> P
 
 
 @torch.no_grad()
-def _row(method: SparseAttention, layer: int, heads: Heads, after: int) -> LayerRecall:
-    shares = getattr(method, "share", None) in SHARING
-    asked = [method, replace(method, share="query")] if shares else [method]  # type: ignore[call-arg]
-    first, *alone = held(heads, [one.index(heads) for one in asked], after)
-    return _said(method, layer, first, alone[0] if alone else None)
+def _row(parts: Sequence[Part], layer: int, heads: Heads, after: int) -> LayerRecall:
+    many = heads.queries.shape[1]
+    recall, density, alone = ([1.0] * many for _ in range(3))
+    shared = False
+    for part in parts:
+        method, some = part.method, heads.of(part.heads)
+        shares = getattr(method, "share", None) in SHARING
+        asked = [method, replace(method, share="query")] if shares else [method]  # type: ignore[call-arg]
+        first, *own = held(some, [one.index(some) for one in asked], after)
+        shared |= shares
+        for values, found in ((recall, first.recall), (density, first.density), (alone, [*own, first][0].recall)):
+            for head, value in zip(part.heads, found, strict=True):
+                values[head] = value
+    return LayerRecall(layer, _named(parts, many), tuple(recall), tuple(density), tuple(alone) if shared else None)
 
 
-def _said(method: SparseAttention, layer: int, found: Held, alone: Held | None) -> LayerRecall:
-    own = None if alone is None else tuple(alone.recall)
-    return LayerRecall(layer, str(method), tuple(found.recall), tuple(found.density), own)
+def _named(parts: Sequence[Part], many: int) -> str:
+    """`a-shape:local=64`, or `a-shape:local=64 at heads 0, 2; block-sparse at heads 1; dense at heads 3`."""
+    if [part.heads for part in parts] == [tuple(range(many))]:
+        return str(parts[0].method)
+    names = [(str(replace(part.method, heads=None, layers=None)), part.heads) for part in parts]
+    rest = tuple(sorted(set(range(many)).difference(*(heads for _, heads in names))))
+    names += [("dense", rest)] if rest else []
+    return "; ".join(f"{name} at heads {', '.join(map(str, heads))}" for name, heads in names)
 
 
 def _skipped(outcomes: Sequence[Outcome]) -> dict[int, str]:
