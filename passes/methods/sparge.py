@@ -26,9 +26,9 @@ class Sparge(TileMethod):
     """Every row of queries reads the tiles that hold `threshold` of its pooled attention.
 
     Tiles whose members are unlike each other (mean cosine up to `similarity`) say nothing by their mean: such a tile of
-    keys is read by all, and such a tile of queries reads all.  Differs from the published code: rows and tiles are of
-    one size, the first tile and the row's own are always read, the tile that crosses the threshold is read too, and
-    causality holds within tiles.
+    keys is read by all, and such a tile of queries reads all, as far as `density` lets them: those of highest pooled
+    attention first.  Differs from the published code: rows and tiles are of one size, the first tile and the row's own
+    are always read, the tile that crosses the threshold is read too, and causality holds within tiles.
 
     Args:
         density: of the tiles that a row may read, at most this fraction is read (rounded up).
@@ -68,18 +68,18 @@ class Sparge(TileMethod):
         return f"reads the tiles that hold {self.threshold:.0%} of the pooled attention, at most {self.density:.0%}"
 
     def scores(self, heads: Heads) -> Tensor:
-        """Pooled attention, 2 where a tile is mixed; -inf for tiles that are not read."""
+        """Pooled attention; 2 to 3 where a tile is mixed, by pooled attention too; -inf for tiles that are not read."""
         keys = heads.keys.float() - self._mean(heads.keys, heads)
         seen = seen_tiles(heads, self.block)
         mixed = repeated(self._alike(keys, heads), heads) <= self.similarity
         told = seen & ~mixed.unsqueeze(2)
-        logits = torch.where(told, pooled_logits(heads, keys, self.block), -torch.inf)
-        weights = logits.clamp(min=torch.finfo(logits.dtype).min).softmax(-1)
+        pooled = pooled_logits(heads, keys, self.block)
+        weights = torch.where(told, pooled, torch.finfo(pooled.dtype).min).softmax(-1)
         weights = torch.where(told, weights, 0.0)
         chosen = covering(weights, self.threshold, crossing=self.crossing) & told
         best = (weights == weights.amax(-1, keepdim=True)) & told
         all_of = mixed.unsqueeze(2) | (self._alike(heads.queries, heads) <= self.similarity).unsqueeze(3)
-        score = torch.where(seen & all_of, 2.0, torch.where(chosen | best, weights, -1.0))
+        score = torch.where(seen & all_of, 2 + self._order(pooled, seen), torch.where(chosen | best, weights, -1.0))
         score = shared(score, heads, self.share) if self.share == "query" else self._any(score, heads)
         return torch.where(score >= 0, score, -torch.inf)
 
@@ -87,6 +87,12 @@ class Sparge(TileMethod):
         """The largest score among those that share."""
         sets = 1 if self.share == "layer" else heads.keys.shape[1]
         return score.reshape(score.shape[0], sets, -1, *score.shape[2:]).amax(2)
+
+    def _order(self, pooled: Tensor, seen: Tensor) -> Tensor:
+        """Where each tile lies between the row's lowest, 0, and highest, 1: which mixed ones go where a cap does."""
+        low = torch.where(seen, pooled, torch.inf).amin(-1, keepdim=True)
+        high = torch.where(seen, pooled, -torch.inf).amax(-1, keepdim=True)
+        return ((pooled - low) / (high - low).clamp(min=1e-20)).clamp(0, 1)
 
     def _mean(self, x: Tensor, heads: Heads) -> Tensor:
         real = is_real(heads).float()[:, None, :, None]

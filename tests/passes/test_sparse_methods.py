@@ -279,6 +279,15 @@ def test_sparge_example() -> None:
     assert facts(published)[2] == 0.1333
 
 
+def test_a_cap_takes_the_best_of_mixed_tiles() -> None:
+    """All tiles mixed, of which a third may be read: those of highest pooled score, not those of lowest index."""
+    heads = drawn(14, 120)
+    centred = replace(heads, keys=heads.keys - heads.keys.mean(2, keepdim=True))
+    for similarity in (1.0, -1.0):
+        tiles = Sparge(block=8, density=0.3, similarity=similarity, threshold=1.0).index(heads).tiles
+        assert torch.equal(tiles, BlockSparse(block=8, density=0.3).index(centred).tiles)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
