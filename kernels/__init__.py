@@ -14,6 +14,7 @@ if __name__ == "tamis.kernels":
     from . import energy_match as energy_match
     from . import hash_scores as hash_scores
     from . import join_nearest as join_nearest
+    from . import landmark_attention as landmark_attention
     from . import match_destinations as match_destinations
     from . import match_keys as match_keys
     from . import matmul_integer as matmul_integer

@@ -14,6 +14,7 @@ from torch import Tensor
 from tamis.attention_index import Heads
 from tamis.passes.methods.combiner import CCA, Combiner
 from tamis.passes.methods.dilated import Dilated
+from tamis.passes.methods.landmark import Landmark
 
 Summary = tuple[Tensor, Tensor, float]
 
@@ -125,6 +126,27 @@ def dilated(heads: Heads, method: Dilated) -> Tensor:
                 or (abs(i - j) % method.step == 0 and abs(i - j) // method.step < method.local)
             ]
             found[i, tokens] = one.logits(one.q[i], one.k[tokens]).softmax(0)
+        return found
+
+    return weights_of(heads, row_of)
+
+
+def landmark(heads: Heads, method: Landmark) -> Tensor:
+    size = method.mem_freq + 1
+
+    def row_of(one: Head) -> Tensor:
+        found = torch.zeros(one.end, one.end, dtype=torch.float64)
+        for i in range(one.end):
+            own = [j for j in range(i // size * size, i + 1) if j % size != size - 1]
+            logits = one.logits(one.q[i], one.k)
+            blocks = sorted(range(i // size), key=lambda m: (-float(logits[m * size + size - 1]), m))
+            blocks = blocks if method.top_k is None else blocks[: method.top_k]
+            marks = [m * size + size - 1 for m in blocks]
+            shares = logits[own + marks].softmax(0)
+            found[i, own] = shares[: len(own)]
+            for block, share in zip(blocks, shares[len(own) :], strict=True):
+                tokens = list(range(block * size, block * size + size - 1))
+                found[i, tokens] = share * logits[tokens].softmax(0)
         return found
 
     return weights_of(heads, row_of)

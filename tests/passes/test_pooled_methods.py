@@ -23,6 +23,7 @@ from tamis.attention_index import Heads
 from tamis.errors import BadParameter
 from tamis.passes.methods.combiner import CCA, Combiner
 from tamis.passes.methods.dilated import Dilated
+from tamis.passes.methods.landmark import Landmark
 from tamis.rewrite import Pipeline, build_pass
 
 Weighed = Callable[[Heads, Any], Tensor]
@@ -31,6 +32,8 @@ CASES: dict[str, tuple[Any, Weighed]] = {
     "combiner-mean": (Combiner(span=5, pool="mean", log_size=True), oracle.combiner),
     "cca": (CCA(span=4, local=6), oracle.cca),
     "cca-aligned": (CCA(span=3, local=4), oracle.cca),
+    "landmark": (Landmark(mem_freq=3), oracle.landmark),
+    "landmark-some": (Landmark(mem_freq=4, top_k=2), oracle.landmark),
     "dilated": (Dilated(step=2, local=5, sink=3), oracle.dilated),
     "dilated-first": (Dilated(step=3, local=3, sink=2, first=2), oracle.dilated),
 }
@@ -92,6 +95,23 @@ def test_cca_example() -> None:
     assert rounded(found[1]) == [0.9718, 0.0146, 0.0086, 0.0050]
 
 
+def test_landmark_example() -> None:
+    """The card's blocks of three tokens and a landmark end in a fourth token; the others get one without weight.
+
+    Landmarks are 3, 7 and 11, and the last block is 12 .. 15.
+    """
+    heads, filler = fixture(), torch.tensor([16])
+    order = torch.cat([torch.cat([torch.arange(3) + at, filler, torch.tensor([at + 3])]) for at in (0, 4, 8)])
+    order = torch.cat([order, torch.arange(12, 16)])
+    lost = -1e3 * heads.queries[:, :1, 15:]
+    queries, keys = (torch.cat([x, lost], 2)[:, :, order] for x in (heads.queries[:, :1], heads.keys))
+    values = torch.eye(17).double()[None, None][:, :, order]
+    wide = replace(heads, queries=queries, keys=keys, values=values)
+    expected = [0, 0, 0.0002, 0, 0.0018, 0.1133, 0.3782, 0, 0, 0, 0.0001, 0, 0.0006, 0.0019, 0.1161, 0.3877, 0]
+    for method in (Landmark(mem_freq=4), Landmark(mem_freq=4, top_k=3)):
+        assert rounded(method.attend(wide)[0, 0, 18]) == expected
+
+
 def test_cca_reads_no_token_twice() -> None:
     """As printed, token 12 of 1 .. 16 would be in group 3 and in the window of 4 tokens."""
     window = oracle.cca(drawn(4, 16), CCA(span=4, local=4))[0, 0, 15]
@@ -101,7 +121,9 @@ def test_cca_reads_no_token_twice() -> None:
     torch.testing.assert_close(found, groups * found.sum())
 
 
-@pytest.mark.parametrize(("name", "case"), [("llama", "combiner"), ("qwen2", "cca"), ("llama", "dilated-first")])
+@pytest.mark.parametrize(
+    ("name", "case"), [("llama", "combiner"), ("qwen2", "cca"), ("llama", "dilated-first"), ("qwen2", "landmark-some")]
+)
 def test_decoders_are_what_the_definition_weighs(name: str, case: str) -> None:
     """A whole model with its second layer's attention written out, beside the rewritten one."""
     method, weighed = CASES[case]
@@ -138,7 +160,11 @@ def test_padding_on_any_side_changes_nothing_in_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "passes", ["combiner:span=4,layers=[0] + cca:span=4,local=6,layers=[1]", "dilated:local=4,sink=2,first=1"]
+    "passes",
+    [
+        "combiner:span=4,layers=[0] + cca:span=4,local=6,layers=[1]",
+        "dilated:local=4,sink=2,first=1,layers=[0] + landmark:mem_freq=4,top_k=2,layers=[1]",
+    ],
 )
 def test_exported_files_give_the_same(passes: str, tmp_path: Any) -> None:
     model, _ = captured_decoder("llama")
@@ -158,6 +184,8 @@ def test_exported_files_give_the_same(passes: str, tmp_path: Any) -> None:
         ("combiner", {"pool": "median"}),
         ("cca", {"span": 0}),
         ("cca", {"local": 0}),
+        ("landmark", {"mem_freq": 0}),
+        ("landmark", {"top_k": 0}),
         ("dilated", {"step": 0}),
         ("dilated", {"first": -1}),
     ],
