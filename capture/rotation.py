@@ -1,12 +1,12 @@
-"""Finding the keys before rotary position embedding: what content they hold, wherever their tokens stand."""
+"""Finding the rotary position embedding of queries and keys: what is rotated, and the tables that say how far."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
+from ..graph import Rotation
 from .nodes import MOVES, axis_order, expression, op_of
 
 MULTIPLIES = {"aten.mul", "aten.mul_"}
@@ -24,57 +24,61 @@ MIXES = {
 KEPT: tuple[int, ...] = (0, 1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Unrotated:
-    """A node that holds the keys before rotation, and its axes of batch, heads, tokens and channels."""
-
-    node: str
-    axes: tuple[int, ...] = KEPT
-
-
-def keys_before_rotation(keys: fx.Node, order: dict[fx.Node, int], stream: set[fx.Node]) -> Unrotated | None:
-    """The nearest value that all of `keys` [B, H, N, D] is made from before a table that varies over tokens multiplies.
+def rotation_of(rotated: fx.Node, order: dict[fx.Node, int], stream: set[fx.Node]) -> Rotation | None:
+    """How queries or keys [B, H, N, D] are rotated by position.
 
     order   rank of every node of the graph
     stream  nodes that depend on the token stream: all others are tables
 
-    The walk goes up through nodes that alone carry the keys (every path to the attention leads through them); rotations
-    are what it finds on the way, whatever they are spelled with.  None: nothing rotates the keys.
+    The walk goes up, through nodes that alone carry the keys (every path to the attention leads through them), to the
+    nearest that no table which varies over tokens multiplies any more; rotations are what it finds on the way, whatever
+    they are spelled with.  None: nothing rotates them.
     """
-    pending, rotated, axes = {keys}, False, KEPT
+    pending, turned, axes = {rotated}, False, KEPT
+    tables: dict[tuple[str, int, int], Any] = {}  # with the number of their rows
+    movable = True
     while pending:
         node = max(pending, key=order.__getitem__)
         pending.discard(node)
         alone = not pending
-        if rotated and alone and _holds_keys(node, keys, axes):
-            return Unrotated(node.name, axes)
+        if turned and alone and _holds_all(node, rotated, axes):
+            count = expression(rotated.meta["val"].shape[2])
+            movable = movable and all(rows == count for rows in tables.values())
+            return Rotation(node.name, axes, tuple(tables) if movable else ())
         if op_of(node) in MIXES or node not in stream:
             return None
         if op_of(node) in MOVES:
             if not alone:
                 return None
             axes = _before_move(node, axes)
-        rotated = rotated or _is_rotation(node, stream, axes[2])
+        met = _tables_met(node, stream, axes)
+        turned = turned or bool(met and op_of(node) in MULTIPLIES)
+        movable = movable and not _writes(node)
+        tables |= met
         pending |= {a for a in node.all_input_nodes if a in stream}
     return None
 
 
-def _holds_keys(node: fx.Node, keys: fx.Node, axes: tuple[int, ...]) -> bool:
-    value, wanted = node.meta.get("val"), keys.meta["val"].shape
+def _writes(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _holds_all(node: fx.Node, rotated: fx.Node, axes: tuple[int, ...]) -> bool:
+    value, wanted = node.meta.get("val"), rotated.meta["val"].shape
     if not isinstance(value, Tensor) or value.dim() != 4:
         return False
     return all(expression(value.shape[axis]) == expression(size) for axis, size in zip(axes, wanted, strict=True))
 
 
-def _is_rotation(node: fx.Node, stream: set[fx.Node], tokens: int) -> bool:
-    """Whether the node multiplies by a table that has a row for every token (`tokens`: their axis)."""
-    if op_of(node) not in MULTIPLIES or not isinstance(node.meta.get("val"), Tensor):
-        return False
-    tables = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in stream]
-    rank = node.meta["val"].dim()
-    if rank <= tokens:  # a number made of the stream, such as the scale of its largest entry
-        return False
-    return any(_rows(table.meta["val"], tokens - rank) != 1 for table in tables)
+def _tables_met(node: fx.Node, stream: set[fx.Node], axes: tuple[int, ...]) -> dict[tuple[str, int, int], Any]:
+    """Arguments of a node that are no stream and vary over tokens: name, batch axis, token axis -> number of rows."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() <= axes[2]:
+        return {}  # a number made of the stream, such as the scale of its largest entry
+    batch, tokens = (axes[i] - value.dim() for i in (0, 2))
+    others = [a for a in node.all_input_nodes if a not in stream and isinstance(a.meta.get("val"), Tensor)]
+    rows = {(one.name, batch, tokens): _rows(one.meta["val"], tokens) for one in others}
+    return {key: many for key, many in rows.items() if many != 1}
 
 
 def _rows(table: Tensor, axis: int) -> Any:

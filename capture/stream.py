@@ -16,7 +16,7 @@ from .closure import ancestors, descendants
 from .masks import user_inputs
 from .nodes import MOVES, RESHAPES, op_of
 from .quantizers import after_rounding, is_weight
-from .rotation import keys_before_rotation
+from .rotation import rotation_of
 from .sizes import same
 from .streams import reached_in_place
 
@@ -73,7 +73,7 @@ def find_layers(program: ExportedProgram, sites: tuple[Site, ...]) -> tuple[tupl
         _layer(i, site, residual, post_norm, order, limit)
         for i, ((site, residual), limit) in enumerate(zip(found, limits, strict=True))
     ]
-    return tuple(_with_keys_before_rope(judged, by_name, order, found)), tuple(layers)
+    return tuple(_with_rotations(judged, by_name, order, found)), tuple(layers)
 
 
 def _streams(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[list[tuple[Site, Residual]]]:
@@ -110,10 +110,10 @@ def _parted_by(one: fx.Node, other: fx.Node) -> str:
     return ""
 
 
-def _with_keys_before_rope(
+def _with_rotations(
     sites: list[Site], by_name: dict[str, fx.Node], order: dict[fx.Node, int], found: list[tuple[Site, Residual]]
 ) -> Iterator[Site]:
-    """The sites; those of the stream with their keys before rotation."""
+    """The sites; those of the stream with their rotary position embedding."""
     if not found:
         yield from sites
         return
@@ -121,8 +121,8 @@ def _with_keys_before_rope(
     stream = {start} | descendants(start, through_sizes=False)
     for site in sites:
         plain = site.role == "stream" and not site.cached
-        raw = keys_before_rotation(by_name[site.k], order, stream) if plain else None
-        yield site if raw is None else replace(site, k_before_rope=raw.node, rope_axes=raw.axes)
+        q, k = (rotation_of(by_name[name], order, stream) if plain else None for name in (site.q, site.k))
+        yield replace(site, q_rotation=q, k_rotation=k)
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,28 @@ class Heads:
     layer: int
     layers: int
     _before_rope: Callable[[], Tensor] | None = field(default=None, repr=False)
+    _rotate: Callable[[str, Tensor], Tensor | None] | None = field(default=None, repr=False)
 
     @cached_property
     def keys_before_rope(self) -> Tensor:
         """[B, Hk, N, D] before rotary position embedding; `keys` in models without it."""
         return self.keys if self._before_rope is None else self._before_rope()
+
+    def queries_at(self, places: Tensor) -> Tensor:
+        """[B, H, N, D] queries rotated to the positions of other tokens; `queries` in models without rotary embedding.
+
+        places  [N] int64 whose position each query gets, by its place among the real tokens; or [1]: one for all
+        """
+        rotated = None if self._rotate is None else self._rotate("queries", places)
+        return self.queries if rotated is None else rotated
+
+    def keys_at(self, places: Tensor) -> Tensor:
+        """[B, Hk, N, D] keys rotated to the positions of other tokens, as `queries_at`.
+
+        Only distances count under a rotation, so keys at the place of the first token are as good as un-rotated ones.
+        """
+        rotated = None if self._rotate is None else self._rotate("keys", places)
+        return self.keys if rotated is None else rotated
 
     @property
     def tokens(self) -> Any:
@@ -75,12 +92,18 @@ class Heads:
     def of(self, chosen: Sequence[int]) -> Heads:
         """Some query heads, ascending, with their key heads: one for each group that is whole, else one for each."""
         own = key_heads(chosen, self.group)
+
+        def rotate(what: str, places: Tensor) -> Tensor | None:
+            rotated = None if self._rotate is None else self._rotate(what, places)
+            return None if rotated is None else some_heads(rotated, chosen if what == "queries" else own)
+
         return replace(
             self,
             queries=some_heads(self.queries, chosen),
             keys=some_heads(self.keys, own),
             values=some_heads(self.values, own),
             _before_rope=lambda: some_heads(self.keys_before_rope, own),
+            _rotate=rotate,
         )
 
 

@@ -46,11 +46,24 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding of queries or keys.
+
+    before  node name of what is rotated; `axes` are that node's axes of batch, heads, tokens and channels
+    tables  the tables that rotate it: node name, and its axes of batch and tokens counted from the end (-4, -2); ()
+            where they have no row for each token, so that nothing can be rotated to another position
+    """
+
+    before: str
+    axes: tuple[int, ...] = (0, 1, 2, 3)
+    tables: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention site.  q, k, v are node names of [B, H, N, D] tensors.
 
-    k_before_rope  node name of the keys before rotary position embedding, "" where nothing rotates them;
-                   `rope_axes` are that node's axes of batch, heads, tokens and channels
+    q_rotation, k_rotation  rotary position embedding of queries and keys; None where nothing rotates them
     role  "stream" self-attention over the token stream, "pool" few queries that are not tokens read the stream,
           "cross" keys from elsewhere, "other" not on the stream
     cached  whether keys and values of earlier tokens, which the model is given, stand before those of its own
@@ -72,8 +85,8 @@ class Site:
     source: str  # "file:line" in the user's model, "" when unknown
     reason: str = ""  # why the role is not "stream"
     softcap: float | None = None  # logits x are softcap * tanh(x / softcap) before the mask is added
-    k_before_rope: str = ""
-    rope_axes: tuple[int, ...] = (0, 1, 2, 3)
+    q_rotation: Rotation | None = None
+    k_rotation: Rotation | None = None
     cached: bool = False
 
     @property

@@ -142,7 +142,8 @@ class CutRunner:
 
     def _tokens(self, method: TokenReduction, hidden: Tensor, rule: Any, out: Any, layer: Layer, site: Site) -> Tokens:
         state = self._state
-        rotated = {"keys_before_rope": lambda: self._at_site(site.k_before_rope, site.rope_axes)}
+        turned = site.k_rotation
+        rotated = {"keys_before_rope": lambda: self._at_site(turned.before, turned.axes)} if turned else {}
         return Tokens(
             hidden=hidden,
             rule=rule,
@@ -165,7 +166,7 @@ class CutRunner:
                 "positions": state.positions,
                 "places": lambda: state.places(self.graph.prefix),
                 "source": lambda: token_map(state, hidden, state.valid),
-                **(rotated if site.k_before_rope else {}),
+                **rotated,
             },
             _attention=lambda: self._attention(site),
         )

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..attention_index import Heads
 from ..graph import Layer, TokenGraph
+from .rotation import Turn
 from .sparse_rewrite import SparseInterpreter
 
 
@@ -27,7 +28,7 @@ class LayerHeads(SparseInterpreter):
         """Each layer with its heads; `inputs` are the values of all placeholders."""
         self.args_iter = iter(inputs)
         nodes = self._needed()
-        unread = _last_readers(nodes)
+        unread = _last_readers([(node, [*node.all_input_nodes, *self._rotated_from(node)]) for node in nodes])
         for node in nodes:
             if node.name in self._at:
                 yield self._at[node.name], self._heads(self._at[node.name])
@@ -43,22 +44,29 @@ class LayerHeads(SparseInterpreter):
     def _heads(self, layer: Layer) -> Heads:
         return self.heads_at(layer)[0]
 
+    def _rotated_from(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What a layer's heads may ask for besides q, k and v, at the node of its attention: what rotates them."""
+        if node.name in self._at:
+            site = self.graph_.sites[self._at[node.name].site]
+            for rotation, name in ((site.q_rotation, site.q), (site.k_rotation, site.k)):
+                yield from () if rotation is None else Turn.of(self.graph_, rotation, name).reads
+
     def _needed(self) -> list[fx.Node]:
-        """Nodes up to the last layer's attention; those that a layer's heads ask for besides q, k and v are kept."""
+        """Nodes up to the last layer's attention; masks, from which several layers take the padding, are kept."""
         sites = [self.graph_.sites[layer.site] for layer in self._at.values()]
-        names = {name for site in sites for name in (site.k_before_rope, site.mask.node) if name}
+        masks = {site.mask.node for site in sites}
         nodes = list(self.module.graph.nodes)  # type: ignore[union-attr,arg-type]
-        self._kept = {node for node in nodes if node.name in names}
+        self._kept = {node for node in nodes if node.name in masks}
         last = max(i for i, node in enumerate(nodes) if node.name in self._at)
         return nodes[: last + 1]
 
 
-def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """By node, those that no later one of `nodes` reads; a node that none of them reads stands by itself."""
+def _last_readers(nodes: Sequence[tuple[fx.Node, Sequence[fx.Node]]]) -> dict[fx.Node, list[fx.Node]]:
+    """By node, those that no later one reads, of nodes with what they read; one that none reads stands by itself."""
     last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
+    for node, reads in nodes:
         last[node] = node
-        for used in node.all_input_nodes:
+        for used in reads:
             last[used] = node
     found: dict[fx.Node, list[fx.Node]] = {}
     for node, reader in last.items():

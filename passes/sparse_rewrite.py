@@ -14,12 +14,13 @@ from ..attention_index import Heads, key_heads, some_heads
 from ..capture.program import rebuild
 from ..error_text import first_line
 from ..errors import BadParameter, MethodFailed, TamisError
-from ..graph import Layer, Site, TokenGraph, shape_text
+from ..graph import Layer, Rotation, Site, TokenGraph, shape_text
 from ..rewrite import Outcome, Result
 from .cuts import real_tokens
 from .layer_choice import able
 from .replay import Replay
 from .retrace import retrace
+from .rotation import Turn
 from .sparse import SparseAttention
 from .stream_state import take_rows
 
@@ -146,7 +147,8 @@ class SparseInterpreter(Replay):
             softcap=site.softcap,
             layer=layer.index,
             layers=len(self.graph_.layers),
-            _before_rope=self._before_rope(site, order) if site.k_before_rope else None,
+            _before_rope=(lambda: self._before_rope(site.k_rotation, order)) if site.k_rotation else None,
+            _rotate=lambda what, places: self._rotate(site, what, places, order),
         )
         return heads, order
 
@@ -165,8 +167,16 @@ class SparseInterpreter(Replay):
             ) from error
         return out if order is None else take_rows(out, order[1], 2, 0)
 
-    def _before_rope(self, site: Site, order: Any) -> Any:
-        return lambda: _ordered(self.env[self.graph_.node(site.k_before_rope)].permute(site.rope_axes), order)
+    def _before_rope(self, rotation: Rotation, order: Any) -> Tensor:
+        return _ordered(self.env[self.graph_.node(rotation.before)].permute(rotation.axes), order)
+
+    def _rotate(self, site: Site, what: str, places: Tensor, order: Any) -> Tensor | None:
+        """The "queries" or "keys" of a site as those of the real tokens at `places` are; None: nothing rotates them."""
+        rotation, name = (site.q_rotation, site.q) if what == "queries" else (site.k_rotation, site.k)
+        if rotation is None:
+            return None
+        places = places if order is None else order[0].index_select(1, places)
+        return Turn.of(self.graph_, rotation, name).at(self.env, self._before_rope(rotation, order), places)
 
     def _order(self, site: Site, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Places of the real tokens first, in order [B, N]; where each token went [B, N]; how many are real [B]."""

@@ -94,7 +94,7 @@ def _site(site: Site, layer: Layer | None) -> dict[str, Any]:
         "soft cap": "" if site.softcap is None else site.softcap,
         "layer": "" if layer is None else layer.index,
         "cuts": "" if layer is None else ", ".join(_cuts(layer)),
-        "rope": "yes" if site.k_before_rope else "",
+        "rope": "yes" if site.k_rotation else "",
         "reason": site.reason or "; ".join(() if layer is None else layer.notes),
     }
 

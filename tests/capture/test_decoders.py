@@ -79,7 +79,7 @@ def test_sites_know_heads_scale_cap_window(name: str) -> None:
         assert site.hides_later
         assert site.mask.padded
         assert (site.mask.kind, site.mask.window) == (("causal", None) if before is None else ("window", (before, 0)))
-        assert bool(site.k_before_rope) == decoder.rotary
+        assert bool(site.k_rotation) == bool(site.q_rotation) == decoder.rotary
         assert graph.node(site.k).meta["val"].shape[1] == decoder.kv_heads
 
 

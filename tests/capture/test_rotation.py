@@ -12,6 +12,7 @@ from zoo import draw
 
 from tamis.capture import capture
 from tamis.graph import TokenGraph
+from tamis.passes.rotation import Turn
 
 HEADS, SIZE, TOKENS = 2, 8, 6
 WIDTH = HEADS * SIZE
@@ -116,9 +117,33 @@ def test_found(rotate: Callable[..., Tensor], early: bool, normed: bool) -> None
     graph, seen, raw = sites(lambda x: rotate(x, early), early, normed)
     assert len(graph.sites) == 2
     for site, expected in zip(graph.sites, raw, strict=True):
-        assert site.k_before_rope
-        torch.testing.assert_close(seen[site.k_before_rope].permute(site.rope_axes), expected)
+        assert site.k_rotation
+        torch.testing.assert_close(seen[site.k_rotation.before].permute(site.k_rotation.axes), expected)
         assert not torch.allclose(seen[site.k], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("rotate", [half, pairs, partly, as_complex])
+def test_rotated_to_other_positions(rotate: Callable[..., Tensor], early: bool, rows: int) -> None:
+    """Token i as token place[i] would be: put there, rotated by the model's own function, and taken out again."""
+    graph, seen, raw = sites(lambda x: rotate(x, early), early)
+    values = {node: seen[node.name] for node in graph.graph.nodes if node.name in seen}
+    place = torch.tensor([[3, 0, 0, 5, 2, 2], [1, 1, 4, 4, 0, 3]])[:rows]
+    for site, x in zip(graph.sites, raw, strict=True):
+        for rotation, name in ((site.k_rotation, site.k), (site.q_rotation, site.q)):
+            assert rotation
+            got = Turn.of(graph, rotation, name).at(values, x, place if rows == 2 else place[0])
+            for b in range(2):
+                for i, at in enumerate(place[b % rows].tolist()):
+                    there = x[b : b + 1, :, i : i + 1].expand(-1, -1, TOKENS, -1)
+                    turned = rotate(there.transpose(1, 2), True).transpose(1, 2) if early else rotate(there, False)
+                    torch.testing.assert_close(got[b, :, i], turned[0, :, at])
+
+
+def test_tables_without_a_row_for_each_token_rotate_nothing_elsewhere() -> None:
+    graph, _, _ = sites(lambda x: tail(x, False), False)
+    assert all(site.k_rotation and not site.k_rotation.tables for site in graph.sites)
 
 
 NOT_ROTATED: dict[str, Rotate] = {
@@ -133,4 +158,4 @@ NOT_ROTATED: dict[str, Rotate] = {
 @pytest.mark.parametrize("name", NOT_ROTATED)
 def test_not_rotated(name: str) -> None:
     graph, _, _ = sites(NOT_ROTATED[name], early=False)
-    assert [site.k_before_rope for site in graph.sites] == ["", ""]
+    assert [(site.q_rotation, site.k_rotation) for site in graph.sites] == [(None, None)] * 2

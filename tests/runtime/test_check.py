@@ -13,7 +13,7 @@ from zoo import FAMILIES
 
 from tamis import registry
 from tamis.capture import capture
-from tamis.graph import Mask, TokenGraph
+from tamis.graph import Mask, Rotation, TokenGraph
 from tamis.passes import EViT
 from tamis.registry import registered_passes
 from tamis.runtime import cli
@@ -81,7 +81,7 @@ def test_what_sites_are(graph: TokenGraph, capsys: pytest.CaptureFixture[str], m
     facts = [
         {"mask": Mask("window", "m", padded=True, window=(64, 64)), "heads": 8, "kv_heads": 2},
         {"mask": Mask("causal", "m", causal=True)},
-        {"mask": Mask("window", "m", causal=True, window=(None, 0)), "k_before_rope": "k"},
+        {"mask": Mask("window", "m", causal=True, window=(None, 0)), "k_rotation": Rotation("k")},
         {"causal": True},
         {},
     ]
