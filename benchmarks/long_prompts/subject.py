@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tamis.attention_index import Heads
+from tamis.passes.sparse import SparseAttention
 from tamis.passes.sparse_recall import LayerHeads
 from tamis.runtime.api import Prepared, prepare
 from tamis.runtime.inputs import graph_inputs
 
 from .spliced import Spliced
+from .watch import Watched, mean_density
 
 LICENCE = Path("/usr/share/common-licenses/GPL-3")
 TEXTS = ("manual", "licence")
@@ -91,6 +93,12 @@ class Subject:
             layers = LayerHeads(graph, SAMPLED)(graph_inputs(graph.program, call))
             self._samples[length] = [heads for _, heads in layers]
         return self._samples[length]
+
+    def density(self, method: SparseAttention, length: int) -> float:
+        """What the model with a method reads of that part."""
+        watched = Watched(method)
+        self.decoder(watched)(self.tokens("manual", length, APART))
+        return mean_density(watched.layers)
 
     @torch.inference_mode()
     def perplexity(self, decoder: Any, name: str, length: int) -> list[float]:

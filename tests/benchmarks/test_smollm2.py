@@ -12,7 +12,7 @@ import pytest
 import smollm2
 import smollm2_page
 import torch
-from long_prompts.budgets import CONTROL, KNOBS, at_density, knob_of, methods, tile
+from long_prompts.budgets import CONTROL, KNOBS, at_density, knob_of, methods, settled, tile
 from long_prompts.spliced import Spliced
 from long_prompts.watch import Watched, mean_density, reading
 from sparse_oracle import drawn, expanded, recall
@@ -77,6 +77,15 @@ def test_every_knob_reaches_a_density(name: str) -> None:
         watched = Watched(at_density(cls, target, [heads]))  # type: ignore[arg-type]
         watched.attend(heads)
         assert mean_density(watched.layers) == pytest.approx(target, abs=0.03), watched.method
+
+
+def test_a_threshold_is_turned_once_more_where_a_run_reads_otherwise() -> None:
+    heads = [drawn(2, 512, batch=1)]
+    cls = next(cls for cls in methods() if cls.name == "x-attention")
+    first = at_density(cls, 0.2, heads)
+    assert settled(cls, 0.2, heads, lambda method: 0.21) == first
+    assert settled(cls, 0.2, heads, lambda method: 0.4) == at_density(cls, 0.1, heads) != first
+    assert settled(BlockSparse, 0.2, heads, lambda method: 0.4) == at_density(BlockSparse, 0.2, heads)
 
 
 def test_a_method_without_an_index_has_no_knob() -> None:
