@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from tamis.graph import TokenGraph
-from tamis.passes.sparse_rewrite import SparseInterpreter
+from tamis.passes.sparse_rewrite import Part, SparseInterpreter
 from tamis.runtime.inputs import graph_inputs
 
 
@@ -24,8 +24,9 @@ class Spliced(SparseInterpreter):
     """
 
     def __init__(self, graph: TokenGraph, method: Any) -> None:
-        layers = graph.layers if method else []
-        super().__init__(graph, {graph.sites[layer.site].node: (layer, method) for layer in layers})
+        sites = [(layer, graph.sites[layer.site]) for layer in graph.layers] if method else []
+        placed = {site.node: (layer, [Part(method, tuple(range(site.heads)))]) for layer, site in sites}
+        super().__init__(graph, placed)
         self._finished = _finished(graph)
 
     @torch.inference_mode()
