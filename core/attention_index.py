@@ -21,9 +21,13 @@ class AttentionIndex:
     causality lets it see, its row's tiles and columns, the first `sink` keys, and the keys less than `local` tokens
     away; the first `first` and the last `last` tokens read every key.  All places count real tokens only.
 
+    A method may lay the keys and values out in another order, so that those read together lie together: tiles and
+    columns then name places in that order, while causality, sinks, `local`, and padding go by tokens as ever.
+
     tiles    [B, S, R, T]  int32  first key of tiles `width` keys wide, anywhere but not overlapping; -1: unused
     columns  [B, S, R, C]  int32  single keys outside the tiles; -1: unused
     share    who has a list of its own: "layer" (S = 1), "kv" (S = key heads), "query" (S = query heads)
+    permutation    [B, Hk, N]  int32 or int64  the token whose key is put at each place; None: keys stay in order
     """
 
     rows: int
@@ -35,6 +39,7 @@ class AttentionIndex:
     local: int = 0
     first: int = 0
     last: int = 0
+    permutation: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,22 @@
 
     out[b, h, i] = sum_j P[i, j] v_j,   P = softmax over j in S(b, h, i) of cap(scale * q_i . k_j)
 
-Queries come in rows of `rows` neighbours that share a list.  S(b, h, i) is what query i may see (j < lengths[b]; j <= i
-where causal) of the union of
+Queries come in rows of `rows` neighbours that share a list.  The key at place j of memory is that of token p(j), which
+is j unless `positions` says otherwise.  S(b, h, i) is what query i may see (p(j) < lengths[b]; p(j) <= i where causal)
+of the union of
 
-    the first `sink` keys,
-    the `local` nearest keys: |i - j| < local,
-    its row's tiles: keys tiles[b, s, i // rows, t] + 0 .. width - 1,
-    its row's columns: single keys columns[b, s, i // rows, c],
+    the sinks: p(j) < sink,
+    the nearest keys: |i - p(j)| < local,
+    its row's tiles: places j = tiles[b, s, i // rows, t] + 0 .. width - 1,
+    its row's columns: single places j = columns[b, s, i // rows, c],
     all keys, for the first `first` and the last `last` tokens of each batch row.
 
 q        [B, H, N, D]     float
-k, v     [B, Hk, N, D]    float    Hk divides H; head h reads key head h // (H / Hk)
+k, v     [B, Hk, N, D]    float    Hk divides H; head h reads key head h // (H / Hk); may lie in any order, the same
 tiles    [B, S, R, T]     int32    R = ceil(N / rows); tiles of a row do not overlap and may start anywhere; -1: unused
 columns  [B, S, R, C]     int32    outside the row's tiles, each once; -1: unused
+positions  [B, Hk, N]     int32 or int64   the token whose key and value lie at each place, each of 0 .. N - 1 once;
+                          None: in order, p(j) = j
 lengths  [B]              int64    real tokens, which come first in each row; None: N
 share    str              who shares a list: "layer" (S = 1), "kv" (S = Hk), "query" (S = H)
 rows, width, sink, local, first, last     int; None for tiles or columns: there are none
@@ -35,15 +38,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..op import OnnxCall, Op, define_op
-from .attention import grouped_logits, grouped_mix
-from .block_sparse_rows import Reach, attend_rows
-from .onnx_block_sparse import BlockSparseAttention
-from .rows import take_rows
+from .block_sparse_rows import attend_rows
+from .gathered_attention import attended, with_dense
+from .onnx_block_sparse import BlockSparseAttention, of_index
+from .sparse_pairs import MaybeTensor, Pairs
 
-MaybeTensor = Tensor | None
+INDEX_SCHEMA = (
+    "Tensor? tiles, Tensor? columns, Tensor? positions, Tensor? lengths, str share, int rows, int width, int sink, "
+    "int local, int first, int last, float scale, bool causal, float? softcap=None"
+)
 
 
 def reference(
@@ -52,6 +57,7 @@ def reference(
     v: Tensor,
     tiles: MaybeTensor,
     columns: MaybeTensor,
+    positions: MaybeTensor,
     lengths: MaybeTensor,
     share: str,
     rows: int,
@@ -65,171 +71,15 @@ def reference(
     softcap: float | None = None,
 ) -> Tensor:
     """See the module."""
-    scope = {"layer": 1, "kv": k.shape[1], "query": q.shape[1]}[share]
-    keys, seen = _gathered(q.shape[2], q.device, scope, tiles, columns, lengths, rows, width, sink, local, causal)
-    out = _over_rows(q, k, v, keys, seen, share, rows, scale, softcap)
-    if first or last:
-        out = _with_dense(out, q, k, v, lengths, first, last, scale, causal, softcap)
-    return out
+    index = Pairs(tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, causal)
+    return attended(q, k, v, index, scale, softcap)[0]
 
 
-def _gathered(
-    tokens: Any,
-    device: torch.device,
-    scope: int,
-    tiles: MaybeTensor,
-    columns: MaybeTensor,
-    lengths: MaybeTensor,
-    rows: int,
-    width: int,
-    sink: int,
-    local: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Keys that each row of queries gathers [b, s, R, K], 0 for what is none, and who sees them [b, s, R, rows, K].
-
-    Axes b and s are 1 where nothing differs along them.
-    """
-    count = (tokens + rows - 1) // rows
-    first = torch.arange(count, device=device).unsqueeze(1) * rows
-    queries = (first + torch.arange(rows, device=device)).unsqueeze(-1)  # [R, rows, 1]
-    parts: list[tuple[Tensor, Tensor]] = []
-    if sink:
-        key = torch.arange(sink, device=device).expand(1, 1, count, sink)
-        parts.append((key, key.unsqueeze(-2) >= 0))
-    if local:
-        key = (first + torch.arange(1 - local, rows if causal else rows + local - 1, device=device))[None, None]
-        parts.append((key, _is_local(queries, key, local) & (key >= sink).unsqueeze(-2)))
-    if tiles is not None:
-        key = _lists(tiles, scope, count).unsqueeze(-1)
-        key = torch.where(key < 0, -1, key + torch.arange(width, device=device)).flatten(-2)
-        parts.append((key, _is_listed(queries, key, sink, local)))
-    if columns is not None:
-        key = _lists(columns, scope, count)
-        parts.append((key, _is_listed(queries, key, sink, local)))
-    batch = max_of([part[0].shape[0] for part in parts])
-    keys = torch.cat([key.expand(batch, scope, -1, -1) for key, _ in parts], -1)
-    seen = torch.cat([mask.expand(batch, scope, count, rows, -1) for _, mask in parts], -1)
-    end = tokens if lengths is None else lengths.reshape(-1, 1, 1, 1)
-    place = keys.unsqueeze(-2)
-    seen = seen & ((keys >= 0) & (keys < end)).unsqueeze(-2)
-    if causal:
-        seen = seen & (place <= queries)
-    if lengths is not None:
-        seen = seen & (queries < end.unsqueeze(-1))
-    return torch.where(keys < end, keys, 0).clamp(min=0), seen
-
-
-def _lists(index: Tensor, scope: int, count: Any) -> Tensor:
-    """An index [B, S, R, T] as int64 [B, scope, count, T]: the same, only its sizes may be other symbols in a trace."""
-    index = index.index_select(2, torch.arange(count, device=index.device))
-    return index.index_select(1, torch.arange(scope, device=index.device)).to(torch.int64)
-
-
-def max_of(sizes: list[Any]) -> Any:
-    """The size that parts with 1 along an axis are expanded to."""
-    return next((size for size in sizes if not (isinstance(size, int) and size == 1)), 1)
-
-
-def _is_local(queries: Tensor, key: Tensor, local: int) -> Tensor:
-    return (queries - key.unsqueeze(-2)).abs() < local
-
-
-def _is_listed(queries: Tensor, key: Tensor, sink: int, local: int) -> Tensor:
-    """Keys of a list that are not read as sink or as local ones already."""
-    fresh = (key >= sink).unsqueeze(-2)
-    return fresh & ~_is_local(queries, key, local) if local else fresh.expand(*key.shape[:-1], queries.shape[1], -1)
-
-
-def _over_rows(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, seen: Tensor, share: str, rows: int, scale: float, softcap: Any
-) -> Tensor:
-    """Attention of rows of queries [B, H, R * rows, D] to the keys gathered for each: one small dense call for all."""
-    batch, heads, tokens, size = q.shape
-    sets = heads if share == "query" else k.shape[1]
-    group, count = heads // sets, keys.shape[2]
-    q = pad(q, (0, 0, 0, count * rows - tokens)).reshape(batch, sets, group, count, rows, size)
-    q = q.transpose(2, 3).reshape(batch * sets * count, group, rows, size)
-    listed = keys.expand(batch, sets, -1, -1).reshape(batch * sets, count * keys.shape[3])
-    k, v = (_of_each(x, sets, listed, count) for x in (k, v))
-    seen = seen.expand(batch, sets, -1, -1, -1).reshape(batch * sets * count, 1, rows, keys.shape[3])
-    if softcap is None:
-        k, v = (x.expand(-1, group, -1, -1) for x in (k, v))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    else:
-        logits = torch.tanh(grouped_logits(q, k, scale) / softcap) * softcap
-        logits = torch.where(seen, logits, torch.finfo(logits.dtype).min)
-        out = grouped_mix(logits.softmax(-1), v, q)
-    out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
-    out = out.reshape(batch, heads // group, count, group, rows, v.shape[-1]).permute(0, 2, 4, 1, 3, 5)
-    out = out.reshape(batch, count * rows, heads, v.shape[-1])[:, :tokens].contiguous()
-    return out.transpose(1, 2)
-
-
-def _of_each(x: Tensor, sets: int, listed: Tensor, count: Any) -> Tensor:
-    """Rows of x [B, Hk, N, D] named by listed [B * sets, R * K] -> [B * sets * R, 1, K, D]."""
-    batch, heads, tokens, size = x.shape
-    x = x.unsqueeze(2).expand(-1, -1, sets // heads, -1, -1).reshape(batch * sets, tokens, size)
-    return take_rows(x, listed).reshape(batch * sets * count, 1, listed.shape[1] // count, size)
-
-
-def on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: MaybeTensor,
-    columns: MaybeTensor,
-    lengths: MaybeTensor,
-    share: str,
-    rows: int,
-    width: int,
-    sink: int,
-    local: int,
-    first: int,
-    last: int,
-    scale: float,
-    causal: bool,
-    softcap: float | None = None,
-) -> Tensor:
+def on_cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """The same where a program on a CPU calls the op."""
-    reach = Reach(rows, width, sink, local, causal)
-    out = attend_rows(q, k, v, tiles, columns, lengths, share, reach, scale, softcap)
-    return _with_dense(out, q, k, v, lengths, first, last, scale, causal, softcap) if first or last else out
-
-
-def _with_dense(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: MaybeTensor,
-    first: int,
-    last: int,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
-) -> Tensor:
-    """The first and last tokens of each batch row read every key; a row that has fewer names one again."""
-    tokens = q.shape[2]
-    if lengths is None:
-        lengths = torch.full((q.shape[0],), tokens, dtype=torch.int64, device=q.device)
-    ends = lengths.unsqueeze(1)
-    opening = torch.arange(first, device=q.device).expand(q.shape[0], -1)
-    place = torch.cat([opening, ends - last + torch.arange(last, device=q.device)], 1)
-    place = torch.minimum(place.clamp(min=0), (ends - 1).clamp(min=0))  # [B, first + last]
-    index = place[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    key = torch.arange(tokens, device=q.device)
-    seen = (key < lengths.reshape(-1, 1, 1, 1)).expand(-1, -1, first + last, -1)
-    if causal:
-        seen = seen & (key <= place[:, None, :, None])
-    logits = grouped_logits(q.gather(2, index), k, scale)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = torch.where(seen, logits, torch.finfo(logits.dtype).min)
-    few = grouped_mix(logits.softmax(-1), v, q)
-    few = torch.where(seen.any(-1, keepdim=True), few, 0.0)
-    few, index = few.transpose(1, 2), place[:, :, None, None]
-    return out.transpose(1, 2).scatter(1, index.expand(few.shape), few).transpose(1, 2)
+    index, scale, softcap = Pairs.of(*rest)
+    out = attend_rows(q, k, v, index, scale, softcap)
+    return with_dense(out, None, q, k, v, index, scale, softcap)[0]
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -238,36 +88,22 @@ def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
 
 
-SHARES = ("layer", "kv", "query")
-
-
-def onnx(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: MaybeTensor,
-    columns: MaybeTensor,
-    lengths: MaybeTensor,
-    share: str,
-    *numbers: Any,
-) -> OnnxCall:
+def onnx(q: Tensor, k: Tensor, v: Tensor, *index: Any) -> OnnxCall:
     """Calls BlockSparseAttention, whose body masks dense attention: right everywhere, fast nowhere."""
-    names = ("rows", "width", "sink", "local", "first", "last", "scale", "causal", "softcap")
-    attributes = dict(zip(names, (*numbers, None), strict=False))
-    attributes |= {"causal": int(attributes["causal"]), "softcap": attributes["softcap"] or 0.0}
-    none = q.new_full((1, 1, 1, 1), -1, dtype=torch.int32)
-    given = [none if x is None else x for x in (tiles, columns)]
-    ends = [-1] if lengths is None else lengths
-    return OnnxCall(BlockSparseAttention, [q, k, v, *given, ends], {"share": SHARES.index(share), **attributes})
+    return of_index(BlockSparseAttention, [q, k, v], *index)
 
 
-def flops(q: Any, k: Any, v: Any, tiles: Any, columns: Any, lengths: Any, share: str, *numbers: Any, **_: Any) -> int:
+def flops(q: Any, k: Any, v: Any, *index: Any, **_: Any) -> int:
     """Both products over what the lists can hold, at most N keys a query; causality halves nothing."""
-    (batch, heads, tokens, size), (rows, width, sink, local, first, last) = q, numbers[:6]
+    return 2 * q[0] * q[1] * pairs_held(q, *index) * (q[3] + v[3])
+
+
+def pairs_held(q: Any, tiles: Any, columns: Any, positions: Any, lengths: Any, share: str, *numbers: Any) -> int:
+    """Pairs of queries and keys that the lists of a head can hold, of the shapes of queries and index."""
+    tokens, (rows, width, sink, local, first, last) = q[2], numbers[:6]
     listed = (tiles[3] * width if tiles else 0) + (columns[3] if columns else 0)
     near = (local + rows - 1) if local else 0
-    each = min(tokens, listed + sink + near)
-    return 2 * batch * heads * (tokens * each + min(first + last, tokens) * tokens) * (size + v[3])
+    return tokens * min(tokens, listed + sink + near) + min(first + last, tokens) * tokens
 
 
 def samples() -> Iterator[tuple[Any, ...]]:
@@ -282,19 +118,23 @@ def samples() -> Iterator[tuple[Any, ...]]:
         starts = torch.rand(batch, scope, 4, 5, generator=generator).argsort(-1) * 3
         tiles[share] = torch.where(torch.rand(starts.shape, generator=generator) > 0.5, starts, -1)[..., :4].int()
         columns[share] = torch.randint(0, tokens, (batch, scope, 4, 1), generator=generator).int()
-    yield q, k, v, tiles["layer"], None, None, "layer", 4, 3, 0, 0, 0, 0, 0.3, True
-    yield q, k, v, tiles["kv"], None, lengths, "kv", 4, 3, 2, 3, 3, 0, 0.3, False
-    yield q, k, v, None, columns["kv"], None, "kv", 4, 1, 0, 2, 0, 1, 0.3, True
-    yield q, k, v, None, columns["query"], lengths, "query", 4, 1, 1, 2, 0, 0, 0.3, True, 1.5
-    yield q.half(), k.half(), v.half(), tiles["query"], None, lengths, "query", 4, 3, 2, 3, 0, 5, 0.3, True
-    yield q[:1], k[:1], v[:1], None, None, None, "layer", 64, 1, 2, 40, 0, 0, 0.3, False
+    order = torch.rand(batch, key_heads, tokens, generator=generator).argsort(-1)
+    order = torch.where(torch.arange(tokens) < lengths.reshape(-1, 1, 1), order, tokens).argsort(-1).int()
+    yield q, k, v, tiles["layer"], None, None, None, "layer", 4, 3, 0, 0, 0, 0, 0.3, True
+    yield q, k, v, tiles["kv"], None, None, lengths, "kv", 4, 3, 2, 3, 3, 0, 0.3, False
+    yield q, k, v, None, columns["kv"], None, None, "kv", 4, 1, 0, 2, 0, 1, 0.3, True
+    yield q, k, v, None, columns["query"], None, lengths, "query", 4, 1, 1, 2, 0, 0, 0.3, True, 1.5
+    yield q.half(), k.half(), v.half(), tiles["query"], None, None, lengths, "query", 4, 3, 2, 3, 0, 5, 0.3, True
+    yield q[:1], k[:1], v[:1], None, None, None, None, "layer", 64, 1, 2, 40, 0, 0, 0.3, False
+    yield q, k, v, tiles["kv"], None, order, lengths, "kv", 4, 3, 2, 3, 1, 2, 0.3, True
+    yield q, k, v, tiles["layer"], None, order, None, "layer", 4, 3, 1, 0, 0, 0, 0.3, False
+    yield q, k, v, None, columns["query"], order, None, "query", 4, 1, 0, 3, 0, 1, 0.3, True, 1.5
 
 
 BLOCK_SPARSE_ATTENTION = define_op(
     Op(
         name="block_sparse_attention",
-        schema="(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? columns, Tensor? lengths, str share, int rows, "
-        "int width, int sink, int local, int first, int last, float scale, bool causal, float? softcap=None) -> Tensor",
+        schema=f"(Tensor q, Tensor k, Tensor v, {INDEX_SCHEMA}) -> Tensor",
         reference=reference,
         on_cpu=on_cpu,
         fake=fake,

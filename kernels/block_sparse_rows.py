@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .sparse_pairs import MaybeTensor, Pairs, inverse
+
 AT_ONCE = 32  # rows whose keys are looked for together: a bitmap of AT_ONCE * N bytes
 
 
@@ -28,46 +30,26 @@ class Row:
     doubtful: list[tuple[int, int]]  # spans of keys; a key outside them is read by every query
 
 
-@dataclass(frozen=True)
-class Reach:
-    """The parts of an index that are the same for every row."""
-
-    rows: int
-    width: int
-    sink: int
-    local: int
-    causal: bool
-
-
-def attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Tensor | None,
-    columns: Tensor | None,
-    lengths: Tensor | None,
-    share: str,
-    reach: Reach,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, softcap: float | None) -> Tensor:
     """block_sparse_attention of real tensors, but for its `first` and `last` tokens; memory goes with N."""
     batch, heads, tokens, size = q.shape
     key_heads = k.shape[1]
-    sets = {"layer": 1, "kv": key_heads, "query": heads}[share]
+    sets = index.sets(heads, key_heads)
     out = q.new_empty((batch, tokens, heads, v.shape[-1]))
-    ends = [tokens] * batch if lengths is None else lengths.tolist()
-    hidden = Hidden(heads // max(sets, key_heads), reach, q)
+    ends = [tokens] * batch if index.lengths is None else index.lengths.tolist()
+    hidden = Hidden(heads // max(sets, key_heads), index, q)
     for b, end in enumerate(ends):
         out[b, end:] = 0
         for s in range(sets):
             ours = slice(s * heads // sets, (s + 1) * heads // sets)
             first = s * key_heads // sets
             keys, values = (x[b, first : max((s + 1) * key_heads // sets, first + 1)] for x in (k, v))
-            lists = [None if x is None else x[min(b, len(x) - 1), s] for x in (tiles, columns)]
-            for row in _rows_of(*lists, reach, end):
+            lists = [None if x is None else x[min(b, len(x) - 1), min(s, x.shape[1] - 1)] for x in index.lists]
+            places = None if index.positions is None else inverse(index.positions[b, first].long())
+            for row in _rows_of(*lists, places, index, end):
                 queries = q[b, ours, row.first : row.end].reshape(1, len(keys), -1, size)
-                near, far = (x.index_select(1, row.keys).unsqueeze(0) for x in (keys, values))
+                at = row.keys if places is None else places.index_select(0, row.keys)
+                near, far = (x.index_select(1, at).unsqueeze(0) for x in (keys, values))
                 mixed = hidden.attend(queries, near, far, row, scale, softcap)
                 out[b, row.first : row.end, ours] = (
                     mixed.unflatten(2, (-1, row.end - row.first)).flatten(0, 2).transpose(0, 1)
@@ -75,13 +57,16 @@ def attend_rows(
     return out.transpose(1, 2)
 
 
-def _rows_of(tiles: Tensor | None, columns: Tensor | None, reach: Reach, end: int) -> Iterator[Row]:
-    """Rows with real queries.  tiles [R, T], columns [R, C]; end: number of real tokens."""
+def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reach: Pairs, end: int) -> Iterator[Row]:
+    """Rows with real queries.  tiles [R, T], columns [R, C]; places [N] of the keys, None: in order; end: real tokens.
+
+    Keys are named by their positions throughout.
+    """
     for start in range(0, end, AT_ONCE * reach.rows):
         first = torch.arange(start, min(start + AT_ONCE * reach.rows, end), reach.rows).unsqueeze(1)
         last = (first + reach.rows).clamp(max=end) - 1
         some = slice(start // reach.rows, start // reach.rows + len(first))
-        listed = _listed([None if x is None else x[some].long() for x in (tiles, columns)], reach, len(first), end)
+        listed = _listed([None if x is None else x[some].long() for x in (tiles, columns)], places, reach, first, end)
         place = torch.arange(end)
         if reach.causal:
             listed &= place <= last
@@ -99,21 +84,23 @@ def _rows_of(tiles: Tensor | None, columns: Tensor | None, reach: Reach, end: in
             yield Row(at, min(at + reach.rows, end), keys, some_listed, spans)
 
 
-def _listed(lists: list[Tensor | None], reach: Reach, rows: int, end: int) -> Tensor:
+def _listed(lists: list[MaybeTensor], places: MaybeTensor, reach: Pairs, first: Tensor, end: int) -> Tensor:
     """[rows, end] bool: the keys that tiles [rows, T] and columns [rows, C] name, and the sink."""
     tiles, columns = lists
-    listed = torch.zeros(rows, end + 1, dtype=torch.bool)  # column `end` takes what is none
-    listed[:, : reach.sink] = True
+    real, end = end, end if places is None else len(places)
+    listed = torch.zeros(len(first), end + 1, dtype=torch.bool)  # column `end` takes what is none
     if tiles is not None:
         spans = tiles.unsqueeze(-1)
         spans = torch.where(spans < 0, end, spans + torch.arange(reach.width)).clamp(max=end)
         listed.scatter_(1, spans.flatten(1), True)
     if columns is not None:
         listed.scatter_(1, torch.where(columns < 0, end, columns).clamp(max=end), True)
-    return listed[:, :end]
+    listed = listed[:, :real] if places is None else listed.index_select(1, places[:real])
+    listed[:, : reach.sink] = True
+    return listed
 
 
-def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: Reach) -> list[list[list[int]]]:
+def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[list[list[int]]]:
     """Of each row, spans [from, to) of its keys that some query may not read: later ones, the edges of the window."""
 
     def up_to(edge: Tensor) -> Tensor:
@@ -131,7 +118,7 @@ def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: R
 class Hidden:
     """The mask of one row at a time, in one buffer that is all zeros between rows."""
 
-    def __init__(self, group: int, reach: Reach, like: Tensor) -> None:
+    def __init__(self, group: int, reach: Pairs, like: Tensor) -> None:
         self.group, self.reach = group, reach
         self.buffer = like.new_zeros((group, reach.rows, 0))
 

@@ -1,12 +1,16 @@
-"""block_sparse_attention as an ONNX function: the lists become a mask of dense attention, right in any runtime.
+"""block_sparse_attention and its kin as ONNX functions: the lists become a mask of dense attention, right anywhere.
 
 Source: methods (llm) 6.6, the first rung of the ladder.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from onnxscript import script
 
+from ..op import OnnxCall
 from .onnx_logits import GroupedLogits
 from .opset import STANDARD as op
 from .opset import TAMIS
@@ -34,14 +38,61 @@ def ListedKeys(tiles, columns, rows, tokens, width):
 
 
 @script(TAMIS, default_opset=op)
+def SparseLogits(
+    q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+):
+    """[B, Hk, G, N, N] logits over the places of keys, -inf for pairs that are not read; the numbers are scalars."""
+    tokens = op.Shape(q, start=2, end=3)
+    place = op.Range(0, op.Squeeze(tokens), 1)
+    query = op.Unsqueeze(place, [1])
+    given = op.Cast(positions, to=7)
+    key = op.Unsqueeze(op.Where(given < 0, place, given), [2, 3])
+    ends = op.Reshape(op.Where(lengths < 0, tokens, lengths), [-1, 1, 1, 1, 1])
+    near = op.Abs(query - key) < local
+    dense = op.Or(query < first, query >= ends - last)
+    implicit = op.Or(op.Or(key < sink, near), dense)
+    later = op.And(key > query, op.Expand(causal, [1]) > 0)
+    real = op.And(op.And(key < ends, query < ends), op.Not(later))
+    listed = ListedKeys(
+        op.Cast(tiles, to=7), op.Cast(columns, to=7), op.Expand(rows, [1]), tokens, op.Expand(width, [1])
+    )
+    # a list is that of all heads, of a group, or of one head
+    heads, key_heads = op.Shape(q, start=1, end=2), op.Shape(k, start=1, end=2)
+    sets = op.Shape(listed, start=1, end=2)
+    of_groups = op.Min(sets, key_heads)
+    apart = op.Concat(op.Shape(listed, start=0, end=1), of_groups, sets / of_groups, tokens, tokens, axis=0)
+    seen = op.And(op.Or(op.Reshape(listed, apart, allowzero=1), implicit), real)
+    capped = op.Expand(softcap, [1]) > 0
+    bound = op.Where(capped, op.Expand(softcap, [1]), op.Constant(value_floats=[1.0]))
+    logits = GroupedLogits(q, k, scale)
+    logits = op.Where(capped, op.Tanh(logits / bound) * bound, logits)
+    grouped = op.Concat(op.Shape(q, start=0, end=1), key_heads, heads / key_heads, tokens, tokens, axis=0)
+    return op.Where(seen, op.Reshape(logits, grouped, allowzero=1), op.Constant(value_float=float("-inf")))
+
+
+@script(TAMIS, default_opset=op)
+def SparseMix(logits, v, like):
+    """Means of v [B, Hk, N, Dv] by logits [B, Hk, G, N, N] as [B, H, N, Dv]; 0 where all are -inf."""
+    weights = op.Softmax(op.Max(logits, op.Constant(value_float=-3.4028234663852886e38)), axis=-1)
+    lowest = op.Constant(value_float=float("-inf"))
+    weights = op.Where(logits > lowest, weights, op.Constant(value_float=0.0))
+    tokens = op.Shape(like, start=2, end=3)
+    stacked = op.Shape(like, start=1, end=2) / op.Shape(v, start=1, end=2) * tokens
+    together = op.Concat(op.Shape(v, start=0, end=2), stacked, tokens, axis=0)
+    mixed = op.MatMul(op.Reshape(weights, together, allowzero=1), op.Cast(v, to=1))
+    shape = op.Concat(op.Shape(like, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
+    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), like)
+
+
+@script(TAMIS, default_opset=op)
 def BlockSparseAttention(
     q,
     k,
     v,
     tiles,
     columns,
+    positions,
     lengths,
-    share: int,
     rows: int,
     width: int,
     sink: int,
@@ -52,34 +103,34 @@ def BlockSparseAttention(
     causal: int,
     softcap: float,
 ):
-    tokens = op.Shape(q, start=2, end=3)
-    place = op.Range(0, op.Squeeze(tokens), 1)
-    query = op.Unsqueeze(place, [1])
-    line, span = op.Expand(rows, [1]), op.Expand(width, [1])
-    listed = ListedKeys(op.Cast(tiles, to=7), op.Cast(columns, to=7), line, tokens, span)
-    ends = op.Reshape(op.Where(lengths < 0, tokens, lengths), [-1, 1, 1, 1])
-    near = op.Abs(query - place) < local
-    dense = op.Or(query < first, query >= ends - last)
-    implicit = op.Or(op.Or(place < sink, near), dense)
-    later = op.And(place > query, op.Expand(causal, [1]) > 0)
-    real = op.And(op.And(place < ends, query < ends), op.Not(later))
-    seen = op.And(op.Or(listed, implicit), real)
-    # a list shared by several heads is repeated for each
-    heads = op.Shape(q, start=1, end=2)
-    batch = op.Shape(q, start=0, end=1)
-    one = op.Constant(value_ints=[1])
-    each = op.Where(op.Expand(share, [1]) == 1, op.Shape(k, start=1, end=2), heads)
-    sets = op.Where(op.Expand(share, [1]) == 0, one, each)
-    apart = op.Expand(op.Unsqueeze(seen, [2]), op.Concat(batch, sets, heads / sets, tokens, tokens, axis=0))
-    seen = op.Reshape(apart, op.Concat(batch, heads, tokens, tokens, axis=0), allowzero=1)
-    capped = op.Expand(softcap, [1]) > 0
-    bound = op.Where(capped, op.Expand(softcap, [1]), op.Constant(value_floats=[1.0]))
-    logits = GroupedLogits(q, k, scale)
-    logits = op.Where(capped, op.Tanh(logits / bound) * bound, logits)
-    weights = op.Softmax(op.Where(seen, logits, op.Constant(value_float=-3.4028234663852886e38)), axis=-1)
-    weights = op.Where(seen, weights, op.Constant(value_float=0.0))
-    key_heads = op.Shape(v, start=1, end=2)
-    together = op.Concat(batch, key_heads, heads / key_heads * tokens, tokens, axis=0)
-    mixed = op.MatMul(op.Reshape(weights, together, allowzero=1), op.Cast(v, to=1))
-    shape = op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0)
-    return op.CastLike(op.Reshape(mixed, shape, allowzero=1), q)
+    logits = SparseLogits(
+        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+    )
+    return SparseMix(logits, v, q)
+
+
+def of_index(
+    function: Any,
+    tensors: list[Any],
+    tiles: Any,
+    columns: Any,
+    positions: Any,
+    lengths: Any,
+    share: str,
+    rows: int,
+    width: int,
+    sink: int,
+    local: int,
+    first: int,
+    last: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+) -> OnnxCall:
+    """The call of a function of this file: its tensors, then the index as the ops have it, -1 for what is None."""
+    none = tensors[0].new_full((1, 1, 1, 1), -1, dtype=torch.int32)
+    inputs = [*tensors, *(none if x is None else x for x in (tiles, columns))]
+    inputs.append(none.squeeze(0) if positions is None else positions)
+    numbers = {"rows": rows, "width": width, "sink": sink, "local": local, "first": first, "last": last}
+    numbers |= {"scale": scale, "causal": int(causal), "softcap": softcap or 0.0}
+    return OnnxCall(function, [*inputs, [-1] if lengths is None else lengths], numbers)

@@ -18,11 +18,27 @@ from .. import kernels as kernels  # registers the ops
 from ..attention_index import AttentionIndex, Heads
 from ..errors import BadParameter
 from ..graph import Site, TokenGraph
+from ..kernels.rows import take_rows
 from ..op import OPS
 from ..rewrite import Options, Pass, Result
 from .layer_choice import chosen_layers, read_heads, read_layers
 
 UNDERSTOOD = ("full", "padding", "causal")  # kinds of mask that causality and the number of real tokens say whole
+
+
+def arguments(index: AttentionIndex, heads: Heads) -> list[Any]:
+    """Those of block_sparse_attention and its kin for the attention of `heads` over an index."""
+    keys, values = (_permuted(x, index.permutation) for x in (heads.keys, heads.values))
+    lists = [index.tiles, index.columns, index.permutation, heads.lengths, index.share]
+    numbers = [index.rows, index.width, index.sink, index.local, index.first, index.last]
+    return [heads.queries, keys, values, *lists, *numbers, heads.scale, heads.causal, heads.softcap]
+
+
+def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, Hk, N, D] with the tokens of order [B, Hk, N] at its places."""
+    if order is None:
+        return x
+    return take_rows(x.flatten(0, 1), order.flatten(0, 1).to(torch.int64)).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -56,25 +72,7 @@ class SparseAttention(Pass):
 
     def attend(self, heads: Heads) -> Tensor:
         """The attention's result [B, H, N, D]; traced; a method that is not `indexed` has its own."""
-        index = self.index(heads)
-        return torch.ops.tamis.block_sparse_attention(
-            heads.queries,
-            heads.keys,
-            heads.values,
-            index.tiles,
-            index.columns,
-            heads.lengths,
-            index.share,
-            index.rows,
-            index.width,
-            index.sink,
-            index.local,
-            index.first,
-            index.last,
-            heads.scale,
-            heads.causal,
-            heads.softcap,
-        )
+        return torch.ops.tamis.block_sparse_attention(*arguments(self.index(heads), heads))
 
     @classmethod
     @abstractmethod

@@ -43,6 +43,8 @@ def expanded(index: AttentionIndex, heads: Heads) -> Tensor:
     for b, end in enumerate(ends):
         for h in range(many):
             s = {"layer": 0, "kv": h // heads.group, "query": h}[index.share]
+            moved = index.permutation
+            order = range(tokens) if moved is None else moved[b, h // heads.group].tolist()
             for i in range(end):
                 keys = set(range(index.sink)) | set(range(i - index.local + 1, i + index.local))
                 if i < index.first or i >= end - index.last:
@@ -50,7 +52,8 @@ def expanded(index: AttentionIndex, heads: Heads) -> Tensor:
                 for part, width in ((index.tiles, index.width), (index.columns, 1)):
                     if part is not None:
                         starts = part[b % part.shape[0], s, i // index.rows].tolist()
-                        keys |= {start + n for start in starts if start >= 0 for n in range(width)}
+                        places = {start + n for start in starts if start >= 0 for n in range(width)}
+                        keys |= {order[place] for place in places if place < tokens}
                 found[b, h, i, [j for j in keys if 0 <= j < end and (j <= i or not heads.causal)]] = True
     return found
 

@@ -22,6 +22,7 @@ from .launch import Launch, Twin, Work
 
 MOST = 128  # queries of a program
 COUNTS = ["tokens", "first", "last", "tile_count", "column_count", "tile_row", "column_row"]
+COUNTS += ["order_batch", "order_head"]
 
 
 @triton.jit
@@ -48,22 +49,30 @@ def meet(
 
 @triton.jit
 def over(
-    mix, total, top, queries, query, bound, k, v, first, stop, scale, cap, k_row, v_row,
+    mix, total, top, queries, query, bound, k, v, order, first, last, stop, scale, cap, k_row, v_row,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
     KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys first .. stop - 1, each query those up to its bound.
+    """Add the keys first .. last - 1, of those before position `stop`; each query reads those up to its bound.
 
-    PART: "all"; "listed", without sinks and nearest keys, which are read as such; "near", of the others the nearest.
+    PART: "all" and "listed" (without sinks and nearest keys, which are read as such) count places in memory, `order`
+    telling the position of each; "sink" and "near" (the nearest but sinks) count positions, `order` telling places.
+    Where there is no order they are one.
     """
-    for start in range(first, stop, KEYS):
-        key = start + tl.arange(0, KEYS)
-        seen = (key < stop)[None, :] & (key[None, :] <= bound[:, None])
-        if PART != "all":
-            near = tl.abs(query[:, None] - key[None, :]) < LOCAL
-            seen = seen & (key >= SINK)[None, :] & (near if PART == "near" else (near == 0))
+    for start in range(first, last, KEYS):
+        at = start + tl.arange(0, KEYS)
+        inside = at < last
+        other = at if order is None else tl.load(order + at, mask=inside, other=0).to(tl.int32)
+        by_place: tl.constexpr = PART == "all" or PART == "listed"
+        place = at if by_place else other
+        position = other if by_place else at
+        there = inside & (position < stop)
+        seen = there[None, :] & (position[None, :] <= bound[:, None])
+        if PART == "listed" or PART == "near":
+            near = tl.abs(query[:, None] - position[None, :]) < LOCAL
+            seen = seen & (position >= SINK)[None, :] & (near if PART == "near" else (near == 0))
         mix, total, top = meet(
-            mix, total, top, queries, k, v, key, key < stop, seen, scale, cap, k_row, v_row,
+            mix, total, top, queries, k, v, place, there, seen, scale, cap, k_row, v_row,
             WIDTH, VALUE_WIDTH, D, VALUE_D,
         )  # fmt: skip
     return mix, total, top
@@ -71,19 +80,21 @@ def over(
 
 @triton.jit
 def over_columns(
-    mix, total, top, queries, query, bound, k, v, columns, count, stop, scale, cap, k_row, v_row,
+    mix, total, top, queries, query, bound, k, v, positions, columns, count, tokens, stop, scale, cap, k_row, v_row,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
     KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """Add single keys, named by columns [count]."""
     for start in range(0, count, KEYS):
-        place = start + tl.arange(0, KEYS)
-        key = tl.load(columns + place, mask=place < count, other=-1)
-        held = (key >= SINK) & (key >= 0) & (key < stop)
-        far = tl.abs(query[:, None] - key[None, :]) >= LOCAL
-        seen = held[None, :] & (key[None, :] <= bound[:, None]) & far
+        slot = start + tl.arange(0, KEYS)
+        place = tl.load(columns + slot, mask=slot < count, other=-1)
+        held = (place >= 0) & (place < tokens)
+        position = place if positions is None else tl.load(positions + place, mask=held, other=0).to(tl.int32)
+        held = held & (position >= SINK) & (position < stop)
+        far = tl.abs(query[:, None] - position[None, :]) >= LOCAL
+        seen = held[None, :] & (position[None, :] <= bound[:, None]) & far
         mix, total, top = meet(
-            mix, total, top, queries, k, v, key, held, seen, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D
+            mix, total, top, queries, k, v, place, held, seen, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D
         )
     return mix, total, top
 
@@ -107,9 +118,10 @@ def wrote(out, mix, total, head, query, there, out_head, out_row, VALUE_WIDTH: t
 
 @triton.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
-    q, k, v, out, tiles, columns, lengths, tokens, first, last, tile_count, column_count, group, sets, scale, cap,
+    q, k, v, out, tiles, columns, positions, places, lengths,
+    tokens, first, last, tile_count, column_count, group, sets, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    tile_batch, tile_set, tile_row, column_batch, column_set, column_row,
+    tile_batch, tile_set, tile_row, column_batch, column_set, column_row, order_batch, order_head,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
     SINK: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr,
@@ -132,16 +144,26 @@ def block_sparse_kernel(
     shared = (pack * PACK // group).to(tl.int64)
     k += batch * k_batch + shared * k_head
     v += batch * v_batch + shared * v_head
+    if positions is not None:
+        positions += batch * order_batch + shared * order_head
+    if places is not None:
+        places += batch * order_batch + shared * order_head
     bound = tl.where(there & (query < end), tl.minimum(query, end - 1) if CAUSAL else end - 1, -1)  # the last key read
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mix = tl.zeros([M, VALUE_D], tl.float32)
     stop = tl.max(bound, 0) + 1
-    mix, total, top = over(
-        mix, total, top, queries, query, bound, k, v, 0, stop if DENSE else tl.minimum(stop, SINK), scale, cap,
-        k_row, v_row,
-        WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all",
-    )  # fmt: skip
+    within = stop if positions is None else tl.minimum(stop, 1) * tokens  # behind the last place to read, if any
+    if DENSE:
+        mix, total, top = over(
+            mix, total, top, queries, query, bound, k, v, positions, 0, within, stop, scale, cap, k_row, v_row,
+            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all",
+        )  # fmt: skip
+    elif SINK > 0:
+        mix, total, top = over(
+            mix, total, top, queries, query, bound, k, v, places, 0, tl.minimum(stop, SINK), stop, scale, cap,
+            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "sink",
+        )  # fmt: skip
     owner = pack * sets // tl.num_programs(1)
     if tiles is not None and not DENSE:
         tiles += batch * tile_batch + owner * tile_set + tl.cast(row, tl.int64) * tile_row
@@ -149,19 +171,20 @@ def block_sparse_kernel(
             begin = tl.load(tiles + slot)
             if begin >= 0:
                 mix, total, top = over(
-                    mix, total, top, queries, query, bound, k, v, begin, tl.minimum(begin + SPAN, stop), scale, cap,
-                    k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "listed",
+                    mix, total, top, queries, query, bound, k, v, positions, begin, tl.minimum(begin + SPAN, within),
+                    stop, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "listed",
                 )  # fmt: skip
     if columns is not None and not DENSE:
         columns += batch * column_batch + owner * column_set + tl.cast(row, tl.int64) * column_row
         mix, total, top = over_columns(
-            mix, total, top, queries, query, bound, k, v, columns, column_count, stop, scale, cap, k_row, v_row,
+            mix, total, top, queries, query, bound, k, v, positions, columns, column_count, tokens, stop, scale, cap,
+            k_row, v_row,
             WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL,
         )  # fmt: skip
     if LOCAL > 0 and not DENSE:
         begin, after = tl.maximum(row * ROWS - LOCAL + 1, 0), tl.minimum(row * ROWS + ROWS + LOCAL, stop)
         mix, total, top = over(
-            mix, total, top, queries, query, bound, k, v, begin, after, scale, cap, k_row, v_row,
+            mix, total, top, queries, query, bound, k, v, places, begin, after, stop, scale, cap, k_row, v_row,
             WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "near",
         )  # fmt: skip
     out += batch * out_batch
@@ -175,6 +198,7 @@ def work(
     v: Tensor,
     tiles: MaybeTensor,
     columns: MaybeTensor,
+    positions: MaybeTensor,
     lengths: MaybeTensor,
     share: str,
     rows: int,
@@ -189,11 +213,13 @@ def work(
 ) -> Work:
     """One launch, and one for the tokens that read everything."""
     batch, heads, tokens, size = q.shape
-    q, k, v, tiles, columns = (with_unit_columns(x) for x in (q, k, v, tiles, columns))
+    q, k, v, tiles, columns, positions = (with_unit_columns(x) for x in (q, k, v, tiles, columns, positions))
+    places = _places(positions) if sink or local else None
     lengths = None if lengths is None else lengths.contiguous()
     out = q.new_empty((batch, tokens, heads, v.shape[3])).transpose(1, 2)
     arguments: dict[str, Any] = {
         **{"q": q, "k": k, "v": v, "out": out, "tiles": tiles, "columns": columns, "lengths": lengths},
+        **{"positions": positions, "places": places},
         **{"tokens": tokens, "first": first, "last": last, "group": heads // k.shape[1]},
         **{"tile_count": 0 if tiles is None else tiles.shape[3]},
         **{"column_count": 0 if columns is None else columns.shape[3]},
@@ -204,8 +230,10 @@ def work(
         **strides("out", out, "batch", "head", "row"),
         **strides("tile", tiles, "batch", "set", "row"),
         **strides("column", columns, "batch", "set", "row"),
+        **strides("order", positions, "batch", "head"),
     }
-    config = architecture.config("block_sparse_kernel", *keys_of(max(size, v.shape[3]), q))
+    kind = "" if positions is None else "order"
+    config = architecture.config("block_sparse_kernel", *keys_of(max(size, v.shape[3]), q, kind))
     widths = {"WIDTH": size, "VALUE_WIDTH": v.shape[3], "D": padded(size), "VALUE_D": padded(v.shape[3])}
     launches = []
     for dense in (False, True):
@@ -224,6 +252,15 @@ def work(
     return launches, out
 
 
+def _places(positions: MaybeTensor) -> MaybeTensor:
+    """Where in memory the key of each position lies, laid out as the positions."""
+    if positions is None:
+        return None
+    places = torch.empty_strided(positions.shape, positions.stride(), dtype=positions.dtype, device=positions.device)
+    at = torch.arange(positions.shape[2], dtype=positions.dtype, device=positions.device)
+    return places.scatter_(2, positions.to(torch.int64), at.expand(positions.shape))
+
+
 def _pack(group: int, rows: int, most: int) -> int:
     """Query heads of a group that one program takes: the most that divide it and fit."""
     return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * rows <= most))
@@ -231,7 +268,7 @@ def _pack(group: int, rows: int, most: int) -> int:
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
     """Other number types and head sizes, and rows of too many queries: half as many in float32, and half as wide."""
-    rows, wide = rest[4], q.element_size() == 4
+    rows, wide = rest[5], q.element_size() == 4
     most, width = (MOST // 2, WIDEST // 2) if wide else (MOST, WIDEST)
     if reason := why_not(q, k, v):
         return reason
@@ -241,30 +278,16 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str:
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
-    """A Llama's prompt: tiles shared by a group, tiles and columns of each head, a window with sinks; float32."""
+    """A Llama's prompt: tiles of a group, over permuted keys, tiles and columns of each head, a window; float32."""
     q, k = (torch.empty(1, heads, 8192, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
-    tiles = torch.empty(1, 8, 64, 16, dtype=torch.int32, device="meta")
-    yield q, k, k, tiles, None, None, "kv", 128, 128, 0, 0, 0, 0, 0.1, True
+    tiles, ends = torch.empty(1, 8, 64, 16, dtype=torch.int32, device="meta"), torch.empty(1, device="meta").long()
+    order = torch.empty(1, 8, 8192, dtype=torch.int32, device="meta")
+    yield q, k, k, tiles, None, None, None, "kv", 128, 128, 0, 0, 0, 0, 0.1, True
+    yield q, k, k, tiles, None, order, ends, "kv", 128, 128, 4, 0, 0, 0, 0.1, True
     listed, single = (torch.empty(1, 32, 128, n, dtype=torch.int32, device="meta") for n in (40, 1000))
-    yield (
-        q,
-        k,
-        k,
-        listed,
-        single,
-        torch.empty(1, dtype=torch.int64, device="meta"),
-        "query",
-        64,
-        64,
-        0,
-        0,
-        0,
-        0,
-        0.1,
-        True,
-    )
+    yield q, k, k, listed, single, None, ends, "query", 64, 64, 0, 0, 0, 0, 0.1, True
     small = torch.empty(2, 8, 4096, 64, dtype=torch.float32, device="meta")
-    yield small, small, small, None, None, None, "layer", 64, 1, 4, 1024, 0, 64, 0.1, True
+    yield small, small, small, None, None, None, None, "layer", 64, 1, 4, 1024, 0, 64, 0.1, True
 
 
 TWIN = Twin(work, examples, refuses, required=True)

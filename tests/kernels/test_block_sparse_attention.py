@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -29,18 +30,20 @@ def pairs(
     first: int,
     last: int,
     causal: bool,
+    p: list[int],
 ) -> list[set[int]]:
-    """Which keys each query of one head reads, from the sentences of the op's definition."""
+    """Which places in memory each query of one head reads, from the sentences of the op's definition."""
     found = []
     for i in range(tokens):
-        some = set(range(sink)) | {j for j in range(tokens) if abs(i - j) < local}
+        some = {j for j in range(tokens) if p[j] < sink or abs(i - p[j]) < local}
         if tiles is not None:
             some |= {int(start) + n for start in tiles[i // rows] if start >= 0 for n in range(width)}
         if columns is not None:
             some |= {int(c) for c in columns[i // rows] if c >= 0}
         if length - last <= i or i < first:
             some = set(range(tokens))
-        found.append({j for j in some if j < length and (not causal or j <= i)} if i < length else set())
+        read = {j for j in some if j < tokens and p[j] < length and (not causal or p[j] <= i)}
+        found.append(read if i < length else set())
     return found
 
 
@@ -81,9 +84,25 @@ def drawn_index(generator: Any, batch: int, scope: int, tokens: int, rows: int, 
     return tiles, columns
 
 
-@both
-@pytest.mark.parametrize("seed", range(24))
-def test_random_indices_equal_the_definition(seed: int, attend: Any) -> None:
+@dataclass(frozen=True)
+class Case:
+    """Arguments of the op, and the places that its definition has each query read, by batch row, head and query."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: tuple[Any, ...]
+    sets: list[list[list[set[int]]]]
+    scale: float
+    softcap: float | None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.q, self.k, self.v, *self.index, self.softcap
+
+
+def drawn_case(seed: int) -> Case:
+    """A random index; every second one with padding, every third over keys in another order."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -100,25 +119,52 @@ def test_random_indices_equal_the_definition(seed: int, attend: Any) -> None:
     sink, local, causal = draw(0, 3), draw(0, 4), seed % 5 != 0
     first, last = (draw(0, 3), draw(0, 3)) if seed % 4 == 0 else (0, 0)
     softcap = 1.3 if seed % 6 == 0 else None
-    got = attend(q, k, v, tiles, columns, lengths, share, rows, width, sink, local, first, last, 0.4, causal, softcap)
+    order = torch.rand(2, heads, tokens, generator=generator).argsort(-1).to(torch.int32)
+    positions = order if seed // 2 % 3 == 0 else None
     sets = [
         [
             pairs(
                 tokens, tokens if lengths is None else int(lengths[b]), tiles[b, of], columns[b, of], rows, width, sink,
                 local, first, last, causal,
+                list(range(tokens)) if positions is None else positions[b, h // group].tolist(),
             )
             for h in range(heads * group)
             for of in [{"layer": 0, "kv": h // group, "query": h}[share]]
         ]
         for b in range(2)
     ]  # fmt: skip
-    torch.testing.assert_close(got.double(), dense(q, k, v, sets, 0.4, softcap), rtol=1e-5, atol=1e-5)
-    weights = torch.ones_like(v)  # each key once: weights add up to 1 where anything is read
-    sums = attend(
-        q, k, weights, tiles, columns, lengths, share, rows, width, sink, local, first, last, 0.4, causal, softcap
-    )
-    read = torch.tensor([[[bool(some) for some in head] for head in row] for row in sets]).unsqueeze(-1)
+    index = (tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, 0.4, causal)
+    return Case(q, k, v, index, sets, 0.4, softcap)
+
+
+every_case = pytest.mark.parametrize("seed", range(36))
+
+
+@both
+@every_case
+def test_random_indices_equal_the_definition(seed: int, attend: Any) -> None:
+    case = drawn_case(seed)
+    expected = dense(case.q, case.k, case.v, case.sets, case.scale, case.softcap)
+    torch.testing.assert_close(attend(*case.args).double(), expected, rtol=1e-5, atol=1e-5)
+    ones = torch.ones_like(case.v)  # each key once: weights add up to 1 where anything is read
+    sums = attend(case.q, case.k, ones, *case.args[3:])
+    read = torch.tensor([[[bool(some) for some in head] for head in row] for row in case.sets]).unsqueeze(-1)
     torch.testing.assert_close(sums, read.expand_as(sums).float(), rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_in_another_order_change_nothing(causal: bool, attend: Any) -> None:
+    """Sinks, nearest keys and padding go by positions; tiles name places, so these hold everything or nothing."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 2, 30, 8, generator=generator) for _ in range(3))
+    order = torch.rand(2, 2, 30, generator=generator).argsort(-1)
+    moved_k, moved_v = (x.gather(2, order.unsqueeze(-1).expand(x.shape)) for x in (k, v))
+    lengths, tiles = torch.tensor([30, 17]), (torch.arange(8) * 4).expand(1, 1, 8, 8).int()
+    for index, rest in ((None, (2, 3, 0, 1)), (tiles, (0, 0, 0, 0))):
+        one = attend(q, k, v, index, None, None, lengths, "layer", 4, 4, *rest, 0.3, causal)
+        other = attend(q, moved_k, moved_v, index, None, order, lengths, "layer", 4, 4, *rest, 0.3, causal)
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
 @both
@@ -132,7 +178,7 @@ def test_a_full_index_is_dense_attention(tokens: int, group: int, attend: Any) -
     tiles = (torch.arange(count) * 64).expand(1, 2, count, count).int()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     for index in ((tiles, 0, 0), (None, 0, tokens), (None, tokens, 0)):
-        got = attend(q, k, v, index[0], None, None, "kv", 64, 64, *index[1:], 0, 0, 0.25, True)
+        got = attend(q, k, v, index[0], None, None, None, "kv", 64, 64, *index[1:], 0, 0, 0.25, True)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +186,7 @@ def test_a_full_index_is_dense_attention(tokens: int, group: int, attend: Any) -
 def test_head_h_reads_key_head_h_over_group(attend: Any) -> None:
     q, k = torch.zeros(1, 6, 5, 4), torch.zeros(1, 3, 5, 4)
     v = torch.arange(3.0).reshape(1, 3, 1, 1).expand(1, 3, 5, 4)
-    got = attend(q, k, v, None, None, None, "layer", 2, 1, 1, 2, 0, 0, 1.0, True)
+    got = attend(q, k, v, None, None, None, None, "layer", 2, 1, 1, 2, 0, 0, 1.0, True)
     assert got[0, :, :, 0].unique(dim=1).flatten().tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -151,11 +197,11 @@ def test_tokens_that_are_not_read_do_not_matter(causal: bool, attend: Any) -> No
     q, k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(3))
     lengths, tiles = torch.tensor([21]), torch.tensor([[4]] * 8).int().reshape(1, 1, 8, 1)
     rest = ("layer", 4, 4, 1, 3, 0, 0, 0.3, causal)
-    before = attend(q, k, v, tiles, None, lengths, *rest)
+    before = attend(q, k, v, tiles, None, None, lengths, *rest)
     for x in (q, k, v):
         x[:, :, 21:] = torch.nan
-    torch.testing.assert_close(attend(q, k, v, tiles, None, lengths, *rest)[:, :, :21], before[:, :, :21])
+    torch.testing.assert_close(attend(q, k, v, tiles, None, None, lengths, *rest)[:, :, :21], before[:, :, :21])
     later = k.clone()
     later[:, :, 15:] += 5
-    moved = attend(q, later, v, tiles, None, lengths, *rest)
+    moved = attend(q, later, v, tiles, None, None, lengths, *rest)
     assert torch.equal(moved[:, :, :15], before[:, :, :15]) == causal
