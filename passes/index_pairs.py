@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention_index import AttentionIndex, Heads
+from ..kernels.sparse_pairs import inverse, of_heads
 from .sparse_scores import is_real, repeated
 
 AT_ONCE = 1 << 23  # attention weights held at a time
@@ -106,8 +107,20 @@ def _read(index: AttentionIndex, heads: Heads, queries: Tensor) -> Tensor:
     for lists, width in ((index.tiles, index.width), (index.columns, 1)):
         if lists is not None:
             few = lists[:, :, row[0] : row[-1] + 1].long()
-            named = named | _listed(few, width, tokens).index_select(2, row - row[0])
+            listed = _by_token(_listed(few, width, tokens), index, heads)
+            named = named | listed.index_select(2, row - row[0])
     return named
+
+
+def _by_token(listed: Tensor, index: AttentionIndex, heads: Heads) -> Tensor:
+    """[B, S, r, N] bool over places of keys as one over tokens, for as many heads as have an order of their own."""
+    if index.permutation is None:
+        return listed
+    key_heads = index.permutation.shape[1]
+    sets = max(listed.shape[1], key_heads)
+    place = inverse(of_heads(index.permutation.long(), sets, key_heads)).unsqueeze(2)
+    listed = listed.expand(place.shape[0], sets, -1, -1)
+    return listed.gather(3, place.expand(listed.shape))
 
 
 def _listed(starts: Tensor, width: int, tokens: int) -> Tensor:

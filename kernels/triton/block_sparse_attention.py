@@ -100,6 +100,29 @@ def over_columns(
 
 
 @triton.jit
+def of_program(
+    row, pack, batch, lengths, tokens, first, last,
+    ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Head and place of each query of a program [M], whether it is there, and the last position it reads, -1 for none.
+
+    DENSE: rows are those of the first and last tokens.
+    """
+    member = tl.arange(0, M)
+    query = row * ROWS + member % ROWS
+    end = tokens
+    if lengths is not None:
+        end = tl.minimum(tl.load(lengths + batch), tokens).to(tl.int32)
+    there = member < PACK * ROWS
+    if DENSE:
+        there = there & (query < first + last)
+        query = tl.where(query < first, query, end - last + query - first)
+    there = there & (query >= 0) & (query < (end if DENSE else tokens))
+    bound = tl.where(there & (query < end), tl.minimum(query, end - 1) if CAUSAL else end - 1, -1)
+    return (pack * PACK + member // ROWS).to(tl.int64), query, there, bound
+
+
+@triton.jit
 def wanted(q, head, query, there, q_head, q_row, WIDTH: tl.constexpr, D: tl.constexpr):
     """Load the queries of a program, [M, D]."""
     column = tl.arange(0, D)
@@ -129,17 +152,7 @@ def block_sparse_kernel(
     """Grid (rows, H / PACK, B).  SPAN: keys of a tile.  DENSE: rows are the first and last tokens, and read all."""
     row, pack, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.num_programs(0) - 1 - row
-    member = tl.arange(0, M)
-    head = (pack * PACK + member // ROWS).to(tl.int64)
-    query = row * ROWS + member % ROWS
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tl.load(lengths + batch), tokens).to(tl.int32)
-    there = member < PACK * ROWS
-    if DENSE:
-        there = there & (query < first + last)
-        query = tl.where(query < first, query, end - last + query - first)
-    there = there & (query >= 0) & (query < (end if DENSE else tokens))
+    head, query, there, bound = of_program(row, pack, batch, lengths, tokens, first, last, ROWS, PACK, M, CAUSAL, DENSE)
     queries = wanted(q + batch * q_batch, head, query, there, q_head, q_row, WIDTH, D)
     shared = (pack * PACK // group).to(tl.int64)
     k += batch * k_batch + shared * k_head
@@ -148,21 +161,16 @@ def block_sparse_kernel(
         positions += batch * order_batch + shared * order_head
     if places is not None:
         places += batch * order_batch + shared * order_head
-    bound = tl.where(there & (query < end), tl.minimum(query, end - 1) if CAUSAL else end - 1, -1)  # the last key read
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mix = tl.zeros([M, VALUE_D], tl.float32)
     stop = tl.max(bound, 0) + 1
     within = stop if positions is None else tl.minimum(stop, 1) * tokens  # behind the last place to read, if any
-    if DENSE:
+    if DENSE or SINK > 0:
         mix, total, top = over(
-            mix, total, top, queries, query, bound, k, v, positions, 0, within, stop, scale, cap, k_row, v_row,
-            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all",
-        )  # fmt: skip
-    elif SINK > 0:
-        mix, total, top = over(
-            mix, total, top, queries, query, bound, k, v, places, 0, tl.minimum(stop, SINK), stop, scale, cap,
-            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "sink",
+            mix, total, top, queries, query, bound, k, v, positions if DENSE else places, 0,
+            within if DENSE else tl.minimum(stop, SINK), stop, scale, cap, k_row, v_row,
+            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all" if DENSE else "sink",
         )  # fmt: skip
     owner = pack * sets // tl.num_programs(1)
     if tiles is not None and not DENSE:
@@ -178,8 +186,7 @@ def block_sparse_kernel(
         columns += batch * column_batch + owner * column_set + tl.cast(row, tl.int64) * column_row
         mix, total, top = over_columns(
             mix, total, top, queries, query, bound, k, v, positions, columns, column_count, tokens, stop, scale, cap,
-            k_row, v_row,
-            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL,
+            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL,
         )  # fmt: skip
     if LOCAL > 0 and not DENSE:
         begin, after = tl.maximum(row * ROWS - LOCAL + 1, 0), tl.minimum(row * ROWS + ROWS + LOCAL, stop)
