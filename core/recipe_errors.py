@@ -79,3 +79,14 @@ class PassNotInstalled(TamisError):
         "recipe names is never run by itself."
     )
     exit_code = 2
+
+
+class PatternsUnreadable(TamisError):
+    """What should say which pattern each head has does not."""
+
+    template = (
+        "{path}: does not hold patterns of heads: {reason}.\n"
+        "  hint: one mapping per layer, from the head to its pattern, two numbers and a score, as MInference writes it; "
+        "--calibrate finds patterns for a model."
+    )
+    exit_code = 2

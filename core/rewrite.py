@@ -135,6 +135,10 @@ class Pass(metaclass=PassType):
                 hint = f"its default is {str(f.default).lower()}."
                 raise BadParameter(where=self.name, name=f.name, rule=KINDS[kind], got=repr(value), hint=hint)
 
+    def expanded(self) -> Sequence[Pass]:
+        """The passes that do what this one says: itself, unless it stands for several."""
+        return (self,)
+
     def why_not(self, graph: TokenGraph) -> str:
         """Why this pass cannot apply anywhere in the graph; "" when it can."""
         return ""
@@ -173,11 +177,11 @@ def build_pass(name: str, parameters: dict[str, Any]) -> Pass:
 def parse_passes(passes: str | Pass | dict[str, Any] | Iterable[Any]) -> list[Pass]:
     """Passes from text (`tome:r=13 + evit`), objects, dicts (`{"tome": {"r": 13}}`) or lists of these."""
     if isinstance(passes, Pass):
-        return [passes]
+        return list(passes.expanded())
     if isinstance(passes, str):
-        return [_parse_one(part.strip()) for part in _split(passes, "+")]
+        return parse_passes([_parse_one(part.strip()) for part in _split(passes, "+")])
     if isinstance(passes, dict):
-        return [build_pass(name, parameters or {}) for name, parameters in passes.items()]
+        return parse_passes([build_pass(name, parameters or {}) for name, parameters in passes.items()])
     if isinstance(passes, type) or not isinstance(passes, Iterable):
         name = getattr(passes, "name", "") or type(passes).__name__
         reason = f"it is the class, not a pass; write {passes.__name__}(...)" if isinstance(passes, type) else "no pass"

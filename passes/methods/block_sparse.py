@@ -86,7 +86,7 @@ class BlockSparse(TileMethod):
     """Every row of queries reads the tiles whose mean key is closest to its mean query.
 
     Differs from the published pattern: the row's own tile and the first are always read (without them a row can lose
-    its own tokens), padding is in no mean, and the budget is a fraction instead of 100 tiles.
+    its own tokens), padding is in no mean, and the budget is a fraction unless `tiles` is given (published: 100).
 
     Args:
         density: of the tiles that a row may read, at most this fraction is read (rounded up); 1.0 is dense attention.
@@ -95,10 +95,27 @@ class BlockSparse(TileMethod):
             have that of their mean score.
         sink: always read the first tile.
         diagonal: always read the row's own tile.
+        tiles: a row reads at most so many tiles, however many there are; 0: as `density` says.
         layers: layers to use it in; all of them by default.
     """
 
     bidirectional = True
+
+    tiles: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(tiles=("0 or more", self.tiles >= 0))
+
+    @property
+    def keep(self) -> list[int]:
+        """Tiles read of n, as pick_tiles has it."""
+        return [0, self.tiles, 1] if self.tiles else super().keep
+
+    @property
+    def reads(self) -> str:
+        """What a query reads, for the report."""
+        return f"reads at most {self.tiles} tiles of {self.block} x {self.block}" if self.tiles else super().reads
 
     def scores(self, heads: Heads) -> Tensor:
         """Products of mean queries and mean keys."""
