@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import re
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -13,20 +12,9 @@ from typing import Any, ClassVar
 
 from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter
 from .graph import TokenGraph
+from .parameters import advice, check_kinds, check_sizes, shown
 from .registry import find_pass
 from .spec import check_invariants
-
-SPELLINGS = {  # what other tools call the fraction, and whether they mean the part that is removed
-    "ratio": True,
-    "compression_ratio": True,
-    "pruning_rate": True,
-    "pruning_ratio": True,
-    "prune_ratio": True,
-    "merge_ratio": True,
-    "keep_rate": False,
-    "retention_ratio": False,
-    "keep": False,
-}
 
 
 @dataclass(frozen=True)
@@ -87,20 +75,19 @@ class Result:
         return any(outcome.applied for outcome in self.outcomes)
 
 
-KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}  # by a default's type
-
-
 class PassType(ABCMeta):
     """The type of pass classes: a parameter that a pass does not have is answered with the right one, in every door."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a pass; raises UnknownParameter."""
+        """Make a pass; raises UnknownParameter, BadParameter."""
         known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
         for parameter, value in kwargs.items():
             if parameter not in known:
                 where = getattr(cls, "name", "") or cls.__name__
-                raise UnknownParameter(where=where, name=parameter, **_advice(parameter, value, known))
-        return super().__call__(*args, **kwargs)
+                raise UnknownParameter(where=where, name=parameter, **advice(parameter, value, known))
+        made = super().__call__(*args, **kwargs)
+        check_sizes(made)
+        return made
 
 
 @dataclass(frozen=True)
@@ -122,18 +109,7 @@ class Pass(metaclass=PassType):
 
     def __post_init__(self) -> None:
         """Check the parameters; subclasses extend it."""
-        self._check_switches()
-
-    def _check_switches(self) -> None:
-        """Parameters whose default is a bool or an int take only that; where it is a float, any number but NaN."""
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), type(f.default)
-            holds = type(value) is kind
-            if kind is float:
-                holds = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-            if kind in KINDS and not holds:
-                hint = f"its default is {str(f.default).lower()}."
-                raise BadParameter(where=self.name, name=f.name, rule=KINDS[kind], got=repr(value), hint=hint)
+        check_kinds(self)
 
     def expanded(self) -> Sequence[Pass]:
         """The passes that do what this one says: itself, unless it stands for several."""
@@ -153,12 +129,12 @@ class Pass(metaclass=PassType):
         return Result(graph, tuple(outcomes))
 
     def __str__(self) -> str:
-        shown = (
-            f"{f.name}={_show(getattr(self, f.name))}"
+        given = (
+            f"{f.name}={shown(getattr(self, f.name))}"
             for f in dataclasses.fields(self)
             if getattr(self, f.name) != _default(f)
         )
-        parameters = ",".join(shown)
+        parameters = ",".join(given)
         return f"{self.name}:{parameters}" if parameters else self.name
 
 
@@ -226,26 +202,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, bool | None):
-        return {True: "true", False: "false", None: "none"}[value]
-    value = list(value) if isinstance(value, tuple) else value
-    return str(value).replace(" ", "") if isinstance(value, list | dict) else str(value)
-
-
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-
-
-def _advice(parameter: str, value: Any, known: list[str]) -> dict[str, str]:
-    if parameter in SPELLINGS and "keep_ratio" in known:
-        kept = round(1 - value, 6) if SPELLINGS[parameter] and isinstance(value, int | float) else value
-        return {
-            "nearest": ".",
-            "hint": f"write keep_ratio={kept}; keep_ratio is the fraction kept, everywhere in tamis.",
-        }
-    near = difflib.get_close_matches(parameter, known, n=1)
-    return {"nearest": f"; did you mean {near[0]}?" if near else ".", "hint": f"it takes {', '.join(known)}."}
 
 
 @dataclass(frozen=True)

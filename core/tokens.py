@@ -32,6 +32,8 @@ class Plan:
     counts_sizes     whether sizes are tracked from here on if they were not before (false: EViT knows no sizes)
     max_norm         bool    whether a merged slot is scaled to the largest norm of its tokens (MLERP); 0 stays 0
     drops            bool    whether real tokens may be dropped (slot -1 though valid), which nothing can undo
+    stands           bool    whether a merged slot can stand for each of its tokens again where all are needed; a sum by
+                             weights that do not add up to 1 cannot, and its tokens are then lost
     spare            bool    whether `moved` may have unused entries; without them merging costs less
     ragged           bool    whether rows may hold fewer tokens than the rule leaves: how many, `valid` alone says
     features  [B, N, C]      what the tokens are before they are reduced, instead of the stream's state; None: that
@@ -52,6 +54,7 @@ class Plan:
     counts_sizes: bool = True
     max_norm: bool = False
     drops: bool = False
+    stands: bool = True
     spare: bool = True
     ragged: bool = False
     features: Tensor | None = None

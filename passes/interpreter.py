@@ -162,8 +162,8 @@ class ReductionInterpreter(Replay):
     def _cannot_restore(self, n: fx.Node, reason: str, dropped: bool) -> TokenAxisUnsupported:
         lost = "dropped some for good" if dropped else "left no place for padding"
         hint = (
-            "use a merging pass (tome), which can be undone before this node, passthrough=true, which leaves dropped "
-            "tokens as they were, or other layers."
+            "use a merging pass (tome), which can be undone before this node, passthrough=true (evit: and fuse=false), "
+            "which leaves dropped tokens as they were, or other layers."
             if dropped
             else "give rows without padding (no mask), or keep the layers before this node unreduced (layers=...)."
         )

@@ -55,6 +55,7 @@ def keep_plan(
         normalize=normalize,
         valid=next_valid(tokens),
         counts_sizes=counts_sizes,
+        stands=normalize,
     )
 
 

@@ -68,7 +68,7 @@ class TokenReduction(Pass):
         hint = "keep_ratio is the fraction kept; 0.3 removes 70%."
         self._read_schedule("keep_ratio", lambda v: 0 < v <= 1, "in (0, 1]", hint)
         object.__setattr__(self, "layers", read_layers(self.layers, self.name))
-        self._check_switches()
+        super().__post_init__()
 
     def _read_counts(self, name: str, hint: str) -> None:
         """A parameter as a schedule of tokens, where it is given."""

@@ -211,5 +211,5 @@ class RegionInterpreter(ReductionInterpreter):
         if region.given_up:
             return [Outcome(name, index, site, False, region.given_up) for index, site in where]
         assert block.plan is not None
-        counts = count_text(block.place.tokens), count_text(block.plan.out)
-        return [Outcome(name, index, site, True, "", *counts, block.rule, inside=span.kind) for index, site in where]
+        counts, note = (count_text(block.place.tokens), count_text(block.plan.out)), block.method.note(block.place)
+        return [Outcome(name, index, site, True, note, *counts, block.rule, inside=span.kind) for index, site in where]

@@ -56,8 +56,9 @@ class StreamState:
         return any(plan.drops for plan in self.plans[:epoch])
 
     def lost_by(self, epoch: int) -> bool:
-        """Whether one of the first `epoch` plans dropped real tokens that do not pass through: they are gone."""
-        return any(plan.drops and left is None for plan, left in zip(self.plans[:epoch], self.left, strict=False))
+        """Whether one of the first `epoch` plans lost real tokens: dropped, not passing through, or in a mere sum."""
+        plans = zip(self.plans[:epoch], self.left, strict=False)
+        return any((plan.drops and left is None) or not plan.stands for plan, left in plans)
 
     def advance(self, x: Tensor, plan: Plan, *, size_bias: bool, passthrough: bool = False) -> Tensor:
         """Apply one more plan to the stream [B, N, C] and compose it; `sizes` and `valid` then speak of its slots.

@@ -95,6 +95,10 @@ class SubLayerReduction(Pass):
     def plan(self, tokens: Tokens) -> Plan:
         """Decide where each token goes, from what enters the block.  Traced: plain torch, no branch on data."""
 
+    def note(self, place: Place) -> str:
+        """What the report says of the method's choices in a block, where its parameters do not; "" for nothing."""
+        return ""
+
     def shorten(self, x: Tensor, tokens: Tokens) -> Tensor | None:
         """[B, N', C] what enters in place of x [B, N, C]; None: what the plan makes of it."""
         return None

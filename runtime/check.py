@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import TamisError
 from ..graph import Layer, Site, TokenGraph
+from ..parameters import explained
 from ..registry import origin_of, registered_passes
 from ..rewrite import Outcome, Pass, Pipeline
 from .inputs import Call, describe
@@ -18,17 +19,27 @@ Step = Callable[[str], None]
 
 
 def list_passes() -> list[dict[str, Any]]:
-    """Name, family, origin, first line of the docstring and parameters with defaults of every registered pass."""
+    """Name, family, origin and first line of the docstring of every registered pass, and its parameters.
+
+    `parameters` has the default of each, `explained` what the docstring says of it (without those that no one does).
+    """
     return [
         {
             "name": name,
             "family": cls.family,
             "origin": origin_of(cls),
             "doc": (inspect.getdoc(cls) or "").split("\n")[0],
-            "parameters": {f.name: _default_text(f) for f in dataclasses.fields(cls)},
+            "parameters": {name: _default_text(f) for name, f in _parameters(cls).items()},
+            "explained": {name: text for name, text in explained(cls).items() if name in _parameters(cls)},
         }
         for name, cls in registered_passes().items()
     ]
+
+
+def _parameters(cls: type[Pass]) -> dict[str, dataclasses.Field[Any]]:
+    """What a pass takes, by name: without the amounts where other parameters say how many tokens stay."""
+    counts = ("r", "keep_ratio") if getattr(cls, "own_count", False) else ()
+    return {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in counts}
 
 
 def check_model(graph: TokenGraph, call: Call, step: Step = lambda text: None) -> dict[str, Any]:

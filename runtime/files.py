@@ -56,7 +56,7 @@ class Output:
         raise UnknownOutputFormat(path=text)
 
     def check(self, overwrite: bool) -> None:
-        """Raise OutputExists or OutputNotWritable if this cannot be written; touches nothing."""
+        """Raise OutputExists or OutputNotWritable if this cannot be written; leaves everything as it is."""
         if self.kind != "directory":
             check_file(self.path, overwrite)
             return
@@ -89,6 +89,8 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise OutputNotWritable(path=path, reason="it is a directory")
     if path.exists() and not overwrite:
         raise OutputExists(path=path)
+    with staged(parent):  # permissions do not say all: a file system may be read-only, full, or no place for files
+        pass
 
 
 @contextmanager

@@ -64,7 +64,8 @@ class Inputs:
             args, kwargs = (), {**values, **kwargs}
         order = [*self.positional, *self.keyword]
         if len(args) > len(order):
-            self._refuse(f"{len(args)} positional arguments", f"takes {len(order)}")
+            takes = f"takes {len(order)} input{'s' * (len(order) != 1)}"
+            self._refuse(f"{len(args)} positional arguments", takes)
         given: dict[int, Any] = dict(enumerate(args))
         for name, value in kwargs.items():
             place = order.index(name) if name in order else None

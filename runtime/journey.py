@@ -51,9 +51,12 @@ def journey(program: ExportedProgram, call: Call, report: Report) -> list[Stage]
 
 
 def _removes(outcome: dict[str, Any]) -> bool:
-    """Whether tokens may have left: a pass that lets some in applies no plan."""
+    """Whether tokens may have left, and be it as many as came in: passes that only let some in apply no plan.
+
+    Nor does sparse attention, whose outcomes have no counts.
+    """
     before, after = outcome["before"], outcome["after"]
-    return not (isinstance(before, int) and isinstance(after, int) and after >= before)
+    return before is not None and not (isinstance(before, int) and isinstance(after, int) and after > before)
 
 
 def _slots_of(program: ExportedProgram, call: Call) -> list[tuple[Tensor, int, int]]:

@@ -48,7 +48,7 @@ def print_passes(passes: list[dict[str, Any]]) -> None:
         console.print(f"{one['name']}  ({one['family']}{origin})", style="bold", markup=False)
         console.print(f"    {one['doc']}", markup=False)
         for name, default in one["parameters"].items():
-            console.print(f"    {name} = {default}", markup=False)
+            console.print(f"    {name} = {default}   {one['explained'].get(name, '')}".rstrip(), markup=False)
 
 
 def _console() -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from rewriting import captured, rewritten
 
@@ -9,10 +11,12 @@ from tamis.errors import (
     BadParameter,
     BadPassText,
     NothingChanged,
+    TamisError,
     TooManyRemoved,
     UnknownParameter,
     UnknownPass,
 )
+from tamis.registry import registered_passes
 from tamis.rewrite import Pipeline
 
 
@@ -88,6 +92,35 @@ def message(error: type[Exception], action) -> str:
             "block-sparse: density must be a number, got 'half'.\n  hint: its default is 0.25.",
         ),
         (
+            "ats:keep_ratio=0.5,points=10000000000000000000000",
+            BadParameter,
+            "ats: points must be between -2147483647 and 2147483647, got 10000000000000000000000.\n"
+            "  hint: larger numbers of anything do not fit a tensor.",
+        ),
+        (
+            "tome:r={1:3000000000}",
+            BadParameter,
+            "tome: r must be between -2147483647 and 2147483647, got 3000000000.\n"
+            "  hint: larger numbers of anything do not fit a tensor.",
+        ),
+        (
+            "tomesd:keep_ratio=true",
+            BadParameter,
+            "tomesd: keep_ratio must be in (0, 1], got True.\n  hint: see --list-passes.",
+        ),
+        (
+            "diffrate:prune=2,merge=1,prune_share=0.3",
+            BadParameter,
+            "diffrate: prune_share must be left out beside prune and merge, got 0.3.\n"
+            "  hint: these say how many are dropped and how many merge.",
+        ),
+        (
+            "evit:passthrough=true",
+            BadParameter,
+            "evit: passthrough must be false with fuse, got true.\n"
+            "  hint: what was fused is in one token; write fuse=false,passthrough=true.",
+        ),
+        (
             "tone:r=3",
             UnknownPass,
             "unknown pass 'tone'; did you mean tome or tomesd?\n"
@@ -132,6 +165,33 @@ def message(error: type[Exception], action) -> str:
 )
 def test_parameters(text, error, expected):
     assert message(error, lambda: Pipeline.parse(text)).replace("?.", "?") == expected.replace("?.", "?")
+
+
+def test_no_pass_takes_a_whole_number_that_no_tensor_holds():
+    asked = 0
+    for name, cls in registered_passes().items():
+        whole = [f.name for f in dataclasses.fields(cls) if type(f.default) is int]
+        given = [{}, {"r": 1}, {"weights": {}}, {"weights": {}, "r": 1}]
+        rest = next((one for one in given if whole and makes(cls, one)), {})
+        for parameter in whole:
+            with pytest.raises(BadParameter, match=str(10**22)):
+                cls(**{**rest, parameter: 10**22})
+            asked += 1
+        assert not whole or makes(cls, rest), f"{name} was not made"
+    assert asked > 20
+
+
+def makes(cls, parameters) -> bool:
+    try:
+        cls(**parameters)
+    except TamisError:
+        return False
+    return True
+
+
+def test_a_schedule_of_steps_names_layers_that_there_are():
+    with pytest.raises(BadParameter, match="between 0 and 2, got 7"):
+        rewritten("vit_mean", "zero-tprune:r=3,iterations={7: 2}")
 
 
 def test_layers_of_a_table_count_from_the_end_too():

@@ -40,8 +40,9 @@ PASSING = (
 )
 
 
+FUSED = "evit:keep_ratio=0.7,normalize_fuse=true"  # a mean, which stands for its tokens
 MIXED = "random:r=3,layers=[0],passthrough=true + tome:r=2,layers=[1] + random:r=1,layers=[1],passthrough=true"
-CASES = [(f.name, p) for f in RESTORED for p in ("tome:r=2", "tome:r=3,layers=[1]", "evit:keep_ratio=0.7", *PASSING)]
+CASES = [(f.name, p) for f in RESTORED for p in ("tome:r=2", "tome:r=3,layers=[1]", FUSED, *PASSING)]
 CASES += [(f.name, p) for f in DENSE for p in ("tome:r=2", MIXED)]
 
 
@@ -66,12 +67,13 @@ def test_the_head_sees_that_tokens_merged(name: str) -> None:
 
 
 LOST = "evit:r=2,layers=[0],fuse=false + random:r=2,layers=[1],passthrough=true"
+GONE = ("random:r=2", "evit:keep_ratio=0.7", "evit:keep_ratio=0.7,fuse=false", LOST)  # a fused sum stands for none
 
 
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        *((f.name, p) for f in RESTORED for p in ("random:r=2", "evit:keep_ratio=0.7,fuse=false", LOST)),
+        *((f.name, p) for f in RESTORED for p in GONE),
         *((f.name, "random:r=2") for f in DENSE if f.name != "detr"),  # whose decoder reads what there is
     ],
 )

@@ -36,7 +36,8 @@ class DiffRate(TokenReduction):
     Args:
         r: tokens that leave per layer, one way or the other.
         keep_ratio: fraction of the unprotected tokens kept per layer, instead of r.
-        prune_share: of those that leave, the fraction that is dropped, rounded down; the others merge.
+        prune_share: of those that leave, the part that is dropped: floor(prune_share * r), or of T unprotected tokens
+            floor(prune_share * (1 - keep_ratio) * T); the others merge.  Not with `prune` and `merge`.
         prune: tokens dropped per layer, with `merge` instead of r or keep_ratio: a number or a schedule.
         merge: tokens merged per layer.
         layers: layers to reduce in; all of them by default.
@@ -57,6 +58,9 @@ class DiffRate(TokenReduction):
         self._read_counts("merge", "merge is tokens merged per layer.")
         if not 0 <= self.prune_share <= 1:
             rule, hint = "between 0 and 1", "it is the part of the tokens that leave which is dropped."
+            raise BadParameter(where=self.name, name="prune_share", rule=rule, got=self.prune_share, hint=hint)
+        if self.counts_itself and self.prune_share != type(self).prune_share:
+            rule, hint = "left out beside prune and merge", "these say how many are dropped and how many merge."
             raise BadParameter(where=self.name, name="prune_share", rule=rule, got=self.prune_share, hint=hint)
 
     @property

@@ -54,6 +54,9 @@ class EViT(TokenReduction):
             if getattr(self, name) and not self.fuse:
                 hint = "it says how tokens are fused."
                 raise BadParameter(where=self.name, name=name, rule="false without fuse", got="true", hint=hint)
+        if self.passthrough and self.fuse:
+            hint = "what was fused is in one token; write fuse=false,passthrough=true."
+            raise BadParameter(where=self.name, name="passthrough", rule="false with fuse", got="true", hint=hint)
 
     @property
     def tracks_sizes(self) -> bool:

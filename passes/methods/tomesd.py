@@ -32,10 +32,11 @@ class ToMeSD(SubLayerReduction):
     Differs from the code: the destinations are drawn by a hash of (seed, block, cell), the same at every step of a
     diffusion and for any batch; class and register tokens of other models stay as they are; the image that
     `max_downsample` counts from is what the model's first convolution makes of its input (in a U-Net, the latent).
+    Blocks with causal attention or a padding mask are left whole, with the reason: cells are those of an image.
 
     Args:
         keep_ratio: fraction of tokens kept inside, 0.5 by default (the paper's ratio is 1 - keep_ratio).  At most
-            1 - 1/(sx*sy) of them can merge, more is capped.
+            1 - 1/(sx*sy) of them can merge; where more was asked for, the report says so.
         r: tokens merged, instead of keep_ratio.
         max_downsample: only blocks whose tokens lie at most so much coarser than the image.
         sx, sy: columns and rows of a cell.
@@ -64,7 +65,7 @@ class ToMeSD(SubLayerReduction):
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))
         ratio, r, image = self.keep_ratio, self.r, self.image
-        is_ratio = isinstance(ratio, int | float) and 0 < ratio <= 1
+        is_ratio = isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= 1
         for name, rule, holds in (
             ("r or keep_ratio", "given, one of them", r is None or ratio is None),
             ("keep_ratio", "in (0, 1]", ratio is None or is_ratio),
@@ -110,6 +111,15 @@ class ToMeSD(SubLayerReduction):
             return f"its grid of {grid[0]} x {grid[1]} tokens holds no cell of {self.sy} x {self.sx}"
         amount = at_most(self.r) if self.r is not None else keep_at_least(self.keep_ratio or 1)
         return CountRule(place.prefix, (amount, (1, -cells, 1)))
+
+    def note(self, place: Place) -> str:
+        """Whether fewer merge than were asked for."""
+        rule = self.rule(place)
+        assert isinstance(rule, CountRule)
+        asked, most = (CountRule(place.prefix, (term,)).removed(place.tokens) for term in rule.terms)
+        if asked <= most:
+            return ""
+        return f"{asked} tokens were to merge, and {most} can: one of each {self.sy} x {self.sx} cell is merged into"
 
     def plan(self, tokens: Tokens) -> Plan:
         """Match what enters the block [B, N, C] with the destinations."""

@@ -95,6 +95,11 @@ class ZeroTPrune(TokenReduction):
                 got = getattr(self, name)
                 raise BadParameter(where=self.name, name=name, rule=rule, got=got, hint="see --list-passes.")
 
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The amounts and steps that were given."""
+        return (*super().schedules, *(() if self.iterations is None else (self.iterations,)))
+
     def default_layers(self, layers: int) -> Sequence[int]:
         """After 1, 3, 6, 9 and 11 of 12 blocks, never the last one."""
         return sorted({max(layers * k // 12, 1) - 1 for k in BLOCKS})

@@ -52,6 +52,13 @@ def test_outcomes_say_where():
     assert inside == [(layer, kind) for layer in range(3) for kind in ("self-attention", "MLP")]
 
 
+def test_the_report_says_where_fewer_merge_than_were_asked_for():
+    capped, as_asked = rewritten("dinov2_reg4", "tomesd:r=100"), rewritten("dinov2_reg4", "tomesd:r=40")
+    why = "100 tokens were to merge, and 40 can: one of each 2 x 2 cell is merged into"
+    assert {one.reason for one in applied(capped)} == {why}
+    assert {one.reason for one in applied(as_asked)} == {""}
+
+
 def test_only_the_chosen_blocks():
     result = rewritten("deit_distilled", "tomesd:layers=[-1]")
     assert [one.layer for one in result.outcomes] == [2]

@@ -152,10 +152,15 @@ def test_list_passes(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "--list-passes")
     assert code == 0
     assert "evit  (reduction)\n    Keep " in out
-    assert "    seed = 0\n" in out
+    assert '    seed = 0   another draw of grouping "random".\n' in out
     assert err.startswith("PASSED | runtime")
     code, out, _ = run(capsys, "--list_passes", "--json")
     passes = {one["name"]: one for one in json.loads(out)}
     assert passes["tome"]["parameters"].items() >= {"r": "none", "layers": "none", "prop_attn": "true"}.items()
     assert (passes["tome"]["origin"], passes["tome"]["family"]) == ("tamis", "reduction")
+    for name in ("pool", "clca"):  # their own parameters say how many tokens stay
+        assert not {"r", "keep_ratio"} & {*passes[name]["parameters"], *passes[name]["explained"]}
+    unexplained = {name: set(one["parameters"]) - set(one["explained"]) for name, one in passes.items()}
+    assert not any(missing for name, missing in unexplained.items() if passes[name]["origin"] == "tamis")
+    assert passes["tomesd"]["explained"]["sy"] == "columns and rows of a cell."
     assert (passes["scale"]["origin"], passes["scale"]["parameters"]) == ("module toys", {"by": "1.1"})

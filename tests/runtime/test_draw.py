@@ -17,7 +17,7 @@ from tamis.drawing_errors import CannotDraw
 from tamis.errors import OutputExists
 from tamis.runtime import draw
 from tamis.runtime.compiled import CompiledModel
-from tamis.runtime.journey import journey
+from tamis.runtime.journey import _removes, journey
 
 RECIPE = "evit:keep_ratio=0.6,fuse=false,layers=[0] + tome:r=4,layers=[1,2]"
 FAMILY = FAMILIES["deit_distilled"]
@@ -46,6 +46,12 @@ def test_the_maps_are_the_plans_of_the_oracle_one_after_another() -> None:
             where = [-1 if at < 0 else int(plan.slot[b, at]) for at in where]
             assert stage.source[b].tolist() == where
     assert -1 in stages[0].source
+
+
+def test_plans_that_leave_as_many_slots_are_stages_and_what_applies_no_plan_is_none() -> None:
+    counts = {"a plan": (9, 9), "of unknown length": ("s3", "s4"), "appending": (9, 11), "sparse": (None, None)}
+    found = {name for name, (before, after) in counts.items() if _removes({"before": before, "after": after})}
+    assert found == {"a plan", "of unknown length"}
 
 
 def test_dropped_patches_are_pale_groups_have_one_colour_and_outlines_and_the_rest_is_as_it_was() -> None:

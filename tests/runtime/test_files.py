@@ -94,3 +94,17 @@ def test_companions(tmp_path: Path) -> None:
     assert copy_companions(source, target) == ["tokenizer.json", "1_Pooling/config.json"]
     assert sorted(p.name for p in target.iterdir()) == ["1_Pooling", "tokenizer.json"]
     assert copy_companions(None, target) == []
+
+
+def test_a_directory_that_takes_no_files_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions allow it (to root always), the file system does not."""
+
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    for output in (Output.of(str(tmp_path / "a.onnx"), "x"), Output.of(str(tmp_path), "x")):
+        with pytest.raises(OutputNotWritable, match="Read-only file system"):
+            output.check(overwrite=False)

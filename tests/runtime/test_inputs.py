@@ -49,7 +49,7 @@ def test_one_dict_is_spread() -> None:
         (
             (1, 2, 3),
             {},
-            "forward: the compiled model takes 2, got 3 positional arguments.\n  hint: its inputs are x, mask.",
+            "forward: the compiled model takes 2 inputs, got 3 positional arguments.\n  hint: its inputs are x, mask.",
         ),
         ((1,), {"x": 1}, "takes each input once, got 'x' twice"),
         ((1,), {"y": 1}, "has no such input, got an argument 'y'"),
