@@ -7,8 +7,9 @@ does not see are masked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,48 +17,72 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .sparse_pairs import MaybeTensor, Pairs, inverse
 
+Spans = tuple[tuple[int, int], ...]
+
 AT_ONCE = 32  # rows whose keys are looked for together: a bitmap of AT_ONCE * N bytes
+TOGETHER = 1024  # keys, of rows that have equally many, which one call attends to: they are to stay in cache
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of queries and the keys that at least one of its queries reads."""
+class Rows:
+    """R rows of queries one after another and the M keys that at least one query of each reads."""
 
-    first: int  # its first query
-    end: int  # one past its last real query
-    keys: Tensor  # [M] int64, ascending
-    listed: Tensor  # [M] bool: read by every query that may see it, however far away
-    doubtful: list[tuple[int, int]]  # spans of keys; a key outside them is read by every query
+    first: int  # the first query of the first
+    end: int  # one past the last real query of the last
+    keys: Tensor  # [R, M] int64, ascending
+    listed: Tensor | None  # [R, M] bool: read by every query that may see it, however far away; None: all are
+    doubtful: Spans  # spans of M; keys outside them are read by every query of their row
+
+    @property
+    def queries(self) -> int:
+        """Queries of each row."""
+        return (self.end - self.first) // len(self.keys)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, softcap: float | None) -> Tensor:
     """block_sparse_attention of real tensors, but for its `first` and `last` tokens; memory goes with N."""
-    batch, heads, tokens, size = q.shape
+    batch, heads, tokens, _ = q.shape
     key_heads = k.shape[1]
     sets = index.sets(heads, key_heads)
     out = q.new_empty((batch, tokens, heads, v.shape[-1]))
     ends = [tokens] * batch if index.lengths is None else index.lengths.tolist()
-    hidden = Hidden(heads // max(sets, key_heads), index, q)
+    masks = Masks(heads // max(sets, key_heads), index, q)
     for b, end in enumerate(ends):
         out[b, end:] = 0
         for s in range(sets):
             ours = slice(s * heads // sets, (s + 1) * heads // sets)
             first = s * key_heads // sets
-            keys, values = (x[b, first : max((s + 1) * key_heads // sets, first + 1)] for x in (k, v))
+            theirs = slice(first, max((s + 1) * key_heads // sets, first + 1))
             lists = [None if x is None else x[min(b, len(x) - 1), min(s, x.shape[1] - 1)] for x in index.lists]
             places = None if index.positions is None else inverse(index.positions[b, first].long())
-            for row in _rows_of(*lists, places, index, end):
-                queries = q[b, ours, row.first : row.end].reshape(1, len(keys), -1, size)
-                at = row.keys if places is None else places.index_select(0, row.keys)
-                near, far = (x.index_select(1, at).unsqueeze(0) for x in (keys, values))
-                mixed = hidden.attend(queries, near, far, row, scale, softcap)
-                out[b, row.first : row.end, ours] = (
-                    mixed.unflatten(2, (-1, row.end - row.first)).flatten(0, 2).transpose(0, 1)
-                )
+            for rows in _rows_of(*lists, places, index, end):
+                place = slice(rows.first, rows.end)
+                parts = q[b, ours, place], k[b, theirs], v[b, theirs]
+                out[b, place, ours] = _attend(*parts, rows, places, masks, scale, softcap)
     return out.transpose(1, 2)
 
 
-def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reach: Pairs, end: int) -> Iterator[Row]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: float, softcap: float | None) -> Tensor:
+    """[R * queries, H, D] of q [H, R * queries, D] over k and v [Hk, N, D]; 0 where a query reads no key."""
+    count, many = rows.keys.shape
+    q = q.reshape(len(k), -1, count, rows.queries, q.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
+    if not many:
+        return v.new_zeros((count * rows.queries, q.shape[1] * q.shape[2] // rows.queries, v.shape[-1]))
+    index = rows.keys.flatten() if places is None else places.index_select(0, rows.keys.flatten())
+    k, v = (x.index_select(1, index).unflatten(1, (count, many)).transpose(0, 1) for x in (k, v))
+    mask = masks.of(rows)
+    if softcap is None:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        logits = torch.tanh((q @ k.mT).float() * (scale / softcap)) * softcap
+        out = (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
+    if mask is not None and sum(b - a for a, b in rows.doubtful) >= many:
+        out = out.masked_fill((mask == float("-inf")).all(-1, keepdim=True), 0.0)
+    masks.clear(rows)
+    return out.reshape(count, -1, rows.queries, v.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+
+def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reach: Pairs, end: int) -> Iterator[Rows]:
     """Rows with real queries.  tiles [R, T], columns [R, C]; places [N] of the keys, None: in order; end: real tokens.
 
     Keys are named by their positions throughout.
@@ -74,14 +99,16 @@ def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reac
         if reach.local:
             near = (place > first - reach.local) & (place < (last + 1 if reach.causal else last + reach.local))
             read = listed | near
-        doubtful = _doubtful(read, place, first, last, reach)
-        counts = read.sum(1).tolist()
-        found = read.nonzero(as_tuple=True)[1].split(counts)
-        for i, keys in enumerate(found):
-            some_listed = listed[i].index_select(0, keys) if reach.local else keys
-            spans = [(a, b) for a, b in doubtful[i] if a < b]
-            at = start + i * reach.rows
-            yield Row(at, min(at + reach.rows, end), keys, some_listed, spans)
+        found = read.nonzero(as_tuple=True)[1]
+        flags = listed[read] if reach.local else None
+        begin, at = start, 0
+        sizes = (last - first + 1).flatten().tolist()
+        kinds = zip(read.sum(1).tolist(), sizes, _doubtful(read, place, first, last, reach), strict=True)
+        for count, many, queries, doubtful in _alike(kinds):
+            span, stop = slice(at, at + count * many), begin + count * queries
+            own = None if flags is None else flags[span].reshape(count, many)
+            yield Rows(begin, stop, found[span].reshape(count, many), own, doubtful)
+            begin, at = stop, span.stop
 
 
 def _listed(lists: list[MaybeTensor], places: MaybeTensor, reach: Pairs, first: Tensor, end: int) -> Tensor:
@@ -100,7 +127,7 @@ def _listed(lists: list[MaybeTensor], places: MaybeTensor, reach: Pairs, first: 
     return listed
 
 
-def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[list[list[int]]]:
+def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[Spans]:
     """Of each row, spans [from, to) of its keys that some query may not read: later ones, the edges of the window."""
 
     def up_to(edge: Tensor) -> Tensor:
@@ -112,48 +139,52 @@ def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: P
         spans.append((up_to(first - local), up_to(last - local)))
         if not reach.causal:
             spans.append((up_to(first + local - 1), everything))
-    return torch.stack([torch.stack(pair, 1) for pair in spans], 1).tolist() if spans else [[]] * len(read)
+    if not spans:
+        return [()] * len(read)
+    table = torch.stack([torch.stack(pair, 1) for pair in spans], 1).tolist()
+    return [tuple((a, b) for a, b in row if a < b) for row in table]
 
 
-class Hidden:
-    """The mask of one row at a time, in one buffer that is all zeros between rows."""
+def _alike(kinds: Iterable[tuple[int, int, Spans]]) -> Iterator[tuple[int, int, int, Spans]]:
+    """Runs of rows alike in keys, queries and doubtful spans, of TOGETHER keys at most, and how many rows each has."""
+    for (many, queries, spans), run in groupby(kinds):
+        left, most = len(list(run)), max(1, TOGETHER // max(many, 1))
+        while left:
+            yield min(left, most), many, queries, spans
+            left -= min(left, most)
+
+
+class Masks:
+    """What rows do not read, in one buffer that is all zeros between calls."""
 
     def __init__(self, group: int, reach: Pairs, like: Tensor) -> None:
         self.group, self.reach = group, reach
-        self.buffer = like.new_zeros((group, reach.rows, 0))
+        self.buffer = like.new_zeros((1, group, reach.rows, 0))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float, softcap: float | None) -> Tensor:
-        """Attention of a row, q [1, Hk, G * queries, D], to its keys, k and v [1, Hk, M, D]; 0 for who reads none."""
-        if not len(row.keys):
-            return q.new_zeros((*q.shape[:3], v.shape[-1]))
-        if not row.doubtful:
-            return _attend(q, k, v, None, scale, softcap)
-        mask = self._fill(row)
-        out = _attend(q, k, v, mask, scale, softcap)
-        if sum(b - a for a, b in row.doubtful) >= len(row.keys):
-            out = out.masked_fill((mask == float("-inf")).all(-1, keepdim=True), 0.0)
-        for a, b in row.doubtful:
-            self.buffer[:, :, a:b] = 0
-        return out
+    def of(self, rows: Rows) -> Tensor | None:
+        """[R or 1, 1, G * queries, M]: 0 where a query reads a key, else -inf; None where every query reads all."""
+        if not rows.doubtful:
+            return None
+        hidden = [self._hidden(rows, a, b) for a, b in rows.doubtful]
+        count = 1 if all(bool((one == one[:1]).all()) for one in hidden) else len(rows.keys)
+        if self.buffer.shape[0] < count or self.buffer.shape[3] < rows.keys.shape[1]:
+            shape = (max(count, self.buffer.shape[0]), self.group, self.reach.rows, 2 * rows.keys.shape[1])
+            self.buffer = self.buffer.new_zeros(shape)
+        mask = self.buffer[:count, :, : rows.queries, : rows.keys.shape[1]]
+        for one, (a, b) in zip(hidden, rows.doubtful, strict=True):
+            mask[..., a:b].masked_fill_(one[:count].unsqueeze(1), float("-inf"))
+        return mask.flatten(1, 2).unsqueeze(1)
 
-    def _fill(self, row: Row) -> Tensor:
-        """[G * queries, M]: 0 where a query reads a key, else -inf."""
-        count, reach = row.end - row.first, self.reach
-        if self.buffer.shape[2] < len(row.keys):
-            self.buffer = self.buffer.new_zeros((self.group, reach.rows, 2 * len(row.keys)))
-        queries = torch.arange(row.first, row.end).unsqueeze(1)
-        for a, b in row.doubtful:
-            keys = row.keys[a:b]
-            if reach.causal:
-                self.buffer[:, :count, a:b].masked_fill_(keys > queries, float("-inf"))
-            if reach.local:
-                far = ((queries - keys).abs() >= reach.local) & ~row.listed[a:b]
-                self.buffer[:, :count, a:b].masked_fill_(far, float("-inf"))
-        return self.buffer[:, :count, : len(row.keys)].flatten(0, 1)
+    def clear(self, rows: Rows) -> None:
+        """Zeros again."""
+        for a, b in rows.doubtful:
+            self.buffer[..., a:b] = 0
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[None, None], scale=scale)
-    logits = torch.tanh((q @ k.mT).float() * (scale / softcap)) * softcap
-    return (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
+    def _hidden(self, rows: Rows, a: int, b: int) -> Tensor:
+        """[R, queries, b - a] bool: which of these keys of its row a query does not read."""
+        keys = rows.keys[:, None, a:b]
+        queries = torch.arange(rows.first, rows.end).reshape(len(rows.keys), -1, 1)
+        hidden = keys > queries if self.reach.causal else torch.zeros(1, 1, 1, dtype=torch.bool)
+        if self.reach.local and rows.listed is not None:
+            hidden = hidden | (((queries - keys).abs() >= self.reach.local) & ~rows.listed[:, None, a:b])
+        return hidden

@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md on what compiling, exporting and single ops cost: one for each results file."""
+"""Tables of docs/performance.md and docs/sparse.md on what single things cost: one for each results file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,26 @@ def ops(results: Results) -> str:
     return _table(head, rows, results)
 
 
-TABLES = {"compile": compile_time, "large_file": large_file, "ops": ops}
+def sparse_attention(results: Results) -> str:
+    """Sparse attention over dense on a CPU, a row for each case of `sparse_attention.py`."""
+    head = ["tokens", "tile", "pairs read", "of dense", "over pairs read", "choosing", "gathered", "goal"]
+    rows = [
+        [
+            row["tokens"],
+            row["block"],
+            f"{row['read']:.1%}",
+            f"{row['sparse']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+            f"{row['sparse'] / row['read']:.2f}",
+            f"{row['choosing']:.3f}",
+            f"{row['gathered']:.3f}",
+            _verdict(row["sparse"], 0.13, "0.13") if row["asked"] == 0.1 else "",
+        ]
+        for row in results.values()
+    ]
+    return _table(head, rows, results)
+
+
+TABLES = {"compile": compile_time, "large_file": large_file, "ops": ops, "sparse": sparse_attention}
 
 
 def _verdict(value: float, goal: float, shown: str) -> str:
