@@ -86,7 +86,7 @@ class PatternsUnreadable(TamisError):
 
     template = (
         "{path}: does not hold patterns of heads: {reason}.\n"
-        "  hint: one mapping per layer, from the head to its pattern, two numbers and a score, as MInference writes it; "
-        "--calibrate finds patterns for a model."
+        "  hint: one mapping per layer, from the head to its pattern, two numbers and a score, as MInference writes "
+        "it; --calibrate finds patterns for a model."
     )
     exit_code = 2

@@ -30,6 +30,7 @@ class Rows:
     first: int  # the first query of the first
     end: int  # one past the last real query of the last
     keys: Tensor  # [R, M] int64, ascending
+    places: Tensor  # [R * M] int64: where they lie
     listed: Tensor | None  # [R, M] bool: read by every query that may see it, however far away; None: all are
     doubtful: Spans  # spans of M; keys outside them are read by every query of their row
 
@@ -58,7 +59,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, sof
             for rows in _rows_of(*lists, places, index, end):
                 place = slice(rows.first, rows.end)
                 parts = q[b, ours, place], k[b, theirs], v[b, theirs]
-                out[b, place, ours] = _attend(*parts, rows, places, masks, scale, softcap)
+                out[b, place, ours] = _attend(*parts, rows, masks, scale, softcap)
     return out.transpose(1, 2)
 
 
@@ -68,8 +69,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: fl
     q = q.reshape(len(k), -1, count, rows.queries, q.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     if not many:
         return v.new_zeros((count * rows.queries, q.shape[1] * q.shape[2] // rows.queries, v.shape[-1]))
-    index = rows.keys.flatten() if places is None else places.index_select(0, rows.keys.flatten())
-    k, v = (x.index_select(1, index).unflatten(1, (count, many)).transpose(0, 1) for x in (k, v))
+    k, v = (x.index_select(1, rows.places).unflatten(1, (count, many)).transpose(0, 1) for x in (k, v))
     mask = masks.of(rows)
     if softcap is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -92,22 +92,24 @@ def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reac
         last = (first + reach.rows).clamp(max=end) - 1
         some = slice(start // reach.rows, start // reach.rows + len(first))
         listed = _listed([None if x is None else x[some].long() for x in (tiles, columns)], places, reach, first, end)
-        place = torch.arange(end)
+        token = torch.arange(end)
         if reach.causal:
-            listed &= place <= last
+            listed &= token <= last
         read = listed
         if reach.local:
-            near = (place > first - reach.local) & (place < (last + 1 if reach.causal else last + reach.local))
+            near = (token > first - reach.local) & (token < (last + 1 if reach.causal else last + reach.local))
             read = listed | near
         found = read.nonzero(as_tuple=True)[1]
         flags = listed[read] if reach.local else None
         begin, at = start, 0
         sizes = (last - first + 1).flatten().tolist()
-        kinds = zip(read.sum(1).tolist(), sizes, _doubtful(read, place, first, last, reach), strict=True)
+        kinds = zip(read.sum(1).tolist(), sizes, _doubtful(read, token, first, last, reach), strict=True)
         for count, many, queries, doubtful in _alike(kinds):
             span, stop = slice(at, at + count * many), begin + count * queries
             own = None if flags is None else flags[span].reshape(count, many)
-            yield Rows(begin, stop, found[span].reshape(count, many), own, doubtful)
+            keys = found[span]
+            where = keys if places is None else places.index_select(0, keys)
+            yield Rows(begin, stop, keys.reshape(count, many), where, own, doubtful)
             begin, at = stop, span.stop
 
 
@@ -127,11 +129,11 @@ def _listed(lists: list[MaybeTensor], places: MaybeTensor, reach: Pairs, first: 
     return listed
 
 
-def _doubtful(read: Tensor, place: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[Spans]:
+def _doubtful(read: Tensor, token: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[Spans]:
     """Of each row, spans [from, to) of its keys that some query may not read: later ones, the edges of the window."""
 
     def up_to(edge: Tensor) -> Tensor:
-        return (read & (place <= edge)).sum(1)
+        return (read & (token <= edge)).sum(1)
 
     local, everything = reach.local, read.sum(1)
     spans = [(up_to(first), everything)] if reach.causal else []
