@@ -23,6 +23,7 @@ if __name__ == "tamis.kernels":
     from . import order_slots as order_slots
     from . import page_rank as page_rank
     from . import pick_tiles as pick_tiles
+    from . import probe_chunks as probe_chunks
     from . import quantize_linear as quantize_linear
     from . import quantized_attention as quantized_attention
     from . import reduce_tokens as reduce_tokens

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...attention_index import SHARES, AttentionIndex, Heads
 from ...errors import BadParameter
-from ...kernels.rows import take_rows
+from ...kernels.probe_chunks import row_ends
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import best, in_tiles, repeated
+from ..sparse_scores import best
 
 STAGES = ("chunks", "keeps", "strides")
 
@@ -95,11 +95,12 @@ class HiP(SparseAttention):
     def index(self, heads: Heads) -> AttentionIndex:
         """The chunks left after the last stage."""
         device = heads.queries.device
+        ends = row_ends(heads.tokens, heads.lengths, self.block, self.local, heads.queries)
         place = torch.arange((heads.tokens + self.chunks[0] - 1) // self.chunks[0], device=device) * self.chunks[0]
         starts, before = (place + self.sink)[None, None, None], self.chunks[0]
         for chunk, keep, stride in zip(self.chunks, self.keeps, self.strides, strict=True):
             starts = (starts.unsqueeze(-1) + torch.arange(0, before, chunk, device=device)).flatten(-2)
-            allowed = (starts >= self.sink) & (starts < self._end(heads))
+            allowed = (starts >= self.sink) & (starts < ends)
             scores = self.scores(heads, starts, chunk, stride)
             found = best(scores, -(-keep // chunk), allowed, torch.zeros_like(allowed))
             kept = starts.expand(scores.shape).gather(-1, found.clamp(min=0))
@@ -110,46 +111,8 @@ class HiP(SparseAttention):
             rows=self.block, width=self.chunks[-1], tiles=tiles, share=self.share, sink=self.sink, local=self.local
         )
 
-    def _end(self, heads: Heads) -> Tensor:
-        """[B or 1, 1, R, 1] where the keys end that some query of a row does not read as local ones; 0 in padding."""
-        first = self._rows(heads)[None, None, :, None]
-        ends = torch.zeros_like(first) + heads.tokens if heads.lengths is None else heads.lengths.reshape(-1, 1, 1, 1)
-        return torch.where(first < ends, torch.minimum(first + self.block, ends) - self.local, 0)
-
-    def _rows(self, heads: Heads) -> Tensor:
-        """[R] first query of each row."""
-        rows = (heads.tokens + self.block - 1) // self.block
-        return torch.arange(rows, device=heads.queries.device) * self.block
-
     def scores(self, heads: Heads, starts: Tensor, chunk: int, stride: int) -> Tensor:
-        """The largest product met in each chunk [B or 1, S or 1, R or 1, M]: [B, S, R, M] float32.
-
-        Ties go to the left half.
-        """
-        left, right = starts, torch.minimum(starts + chunk, self._end(heads))
-        score: Tensor | None = None
-        for _ in range(max(1, (chunk - 1).bit_length())):
-            middle = (left + right) // 2
-            a, b = (self._reached(heads, (end + middle) // 2, stride) for end in (left, right))
-            score = torch.maximum(a, b) if score is None else torch.maximum(score, torch.maximum(a, b))
-            left, right = torch.where(a >= b, left, middle), torch.where(a >= b, middle, right)
-        assert score is not None
-        return score
-
-    def _reached(self, heads: Heads, probes: Tensor, stride: int) -> Tensor:
-        """The largest product of keys at probes [B or 1, S or 1, R, M] with the queries asked: [B, S, R, M]."""
-        queries = in_tiles(heads.queries.float(), self.block)[:, :, :, ::stride]
-        keys = repeated(heads.keys, heads) if self.share == "query" else heads.keys
-        (batch, many, rows, asked, size), (sets, tokens) = queries.shape, keys.shape[1:3]
-        queries = queries.reshape(batch, sets, -1, rows, asked, size).transpose(2, 3)
-        probes = probes.expand(batch, sets, rows, -1)
-        flat = probes.clamp(min=0).clamp(max=tokens - 1).reshape(batch * sets, -1)
-        found = take_rows(keys.float().reshape(batch * sets, tokens, size), flat)
-        found = found.reshape(batch, sets, rows, -1, size).transpose(3, 4)
-        products = queries.reshape(batch, sets, rows, -1, size) @ found
-        place = self._rows(heads).unsqueeze(1) + torch.arange(0, self.block, stride, device=probes.device)
-        place = place.repeat(1, many // sets).unsqueeze(-1)  # [R, queries asked of all heads that share, 1]
-        ends = tokens if heads.lengths is None else heads.lengths.reshape(-1, 1, 1, 1, 1)
-        seen = (probes.unsqueeze(3) <= place) & (place < ends)
-        score = torch.where(seen, products, torch.finfo(torch.float32).min).amax(3)
-        return score.amax(1, keepdim=True) if self.share == "layer" else score
+        """How much each row likes the chunks at starts [B or 1, S or 1, R or 1, M]: [B, S, R, M]."""
+        rest = heads.lengths, chunk, stride, self.block, self.local, self.share
+        scores: Tensor = torch.ops.tamis.probe_chunks(heads.queries, heads.keys, starts, *rest)
+        return scores
