@@ -49,6 +49,7 @@ class Heads:
     queries, keys, values  as attention used them (rotated), real tokens first in every row
     lengths                [B] int64 real tokens of each row; None: N
     layer, layers          0-based index of the layer, and their number
+    weights                tensors of a trained method, float32, by name
     """
 
     queries: Tensor  # [B, H, N, D]
@@ -60,6 +61,7 @@ class Heads:
     softcap: float | None
     layer: int
     layers: int
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _before_rope: Callable[[], Tensor] | None = field(default=None, repr=False)
     _rotate: Callable[[str, Tensor], Tensor | None] | None = field(default=None, repr=False)
 

@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .error_text import first_line
 from .errors import BadParameter
@@ -107,11 +107,15 @@ class TrainedPass(Pass):
             pickled files.
     """
 
+    untrained: ClassVar[bool] = False  # whether it also runs without any
+
     weights: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Read the tensors; raises BadParameter, WeightsUnreadable."""
         super().__post_init__()
+        if self.weights is None and self.untrained:
+            return
         object.__setattr__(self, "weights", Weights.of(self.weights, self.name))
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .retrace import retrace
 from .rotation import Turn
 from .sparse import SparseAttention
 from .stream_state import take_rows
+from .trained import with_trained
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def sparsify(graph: TokenGraph, methods: Sequence[SparseAttention]) -> Result:
     placed = place(graph, methods, outcomes)
     if not placed:
         return Result(graph, tuple(outcomes))
-    module = retrace(graph.program, SparseInterpreter(graph, placed).run_all)
+    trained = ((node, part.method) for node, (_, parts) in placed.items() for part in parts)
+    graph, weights = with_trained(graph, trained, len(graph.layers))
+    module = retrace(graph.program, SparseInterpreter(graph, placed, weights).run_all)
     for node, (layer, parts) in placed.items():
         outcomes += [Outcome(str(part.method), layer.index, node, True, part.method.reads) for part in parts]
     outcomes.sort(key=lambda o: -1 if o.layer is None else o.layer)
@@ -97,9 +100,10 @@ def _check_groups(part: Part, layer: Layer, site: Site) -> None:
 class SparseInterpreter(Replay):
     """Runs the original graph; at a placed attention node the method answers instead."""
 
-    def __init__(self, graph: TokenGraph, placed: Placed) -> None:
+    def __init__(self, graph: TokenGraph, placed: Placed, weights: dict[int, dict[str, str]] | None = None) -> None:
         super().__init__(graph)
         self.placed = placed
+        self.weights = weights or {}  # by a method's id: the nodes of its trained tensors
         self._orders: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -153,8 +157,9 @@ class SparseInterpreter(Replay):
         return heads, order
 
     def _attend(self, layer: Layer, method: SparseAttention, heads: Heads, order: Any) -> Tensor:
+        trained = {name: self.value_of(node) for name, node in self.weights.get(id(method), {}).items()}
         try:
-            out = method.attend(heads)
+            out = method.attend(replace(heads, weights=trained))
         except TamisError:
             raise
         except Exception as error:

@@ -93,7 +93,7 @@ def plugins_of(pipeline: Pipeline) -> dict[str, str]:
 
 def weights_of(pipeline: Pipeline) -> dict[str, str]:
     """Digests of the trained tensors of a pipeline, by path."""
-    trained = [one.weights for one in pipeline.passes if isinstance(one, TrainedPass)]
+    trained = [one.weights for one in pipeline.passes if isinstance(one, TrainedPass) and one.weights]
     return {str(weights): weights.digest for weights in trained}
 
 

@@ -15,6 +15,7 @@ from tamis.attention_index import Heads
 from tamis.passes.methods.combiner import CCA, Combiner
 from tamis.passes.methods.dilated import Dilated
 from tamis.passes.methods.landmark import Landmark
+from tamis.passes.methods.routing import Routing
 
 Summary = tuple[Tensor, Tensor, float]
 
@@ -150,6 +151,46 @@ def landmark(heads: Heads, method: Landmark) -> Tensor:
         return found
 
     return weights_of(heads, row_of)
+
+
+def routing(heads: Heads, method: Routing) -> Tensor:
+    """Clusters of the trained centroids of `heads`, or of k-means round by round; in float32, as all selections."""
+
+    def row_of(one: Head) -> Tensor:
+        q, k = (x.float() / x.float().norm(dim=1, keepdim=True) for x in (one.q, one.k))
+        if method.weights:
+            centroids = heads.weights[f"layers.{heads.layer}.centroids"][one.head]
+        else:
+            centroids = _k_means(k, method.clusters, method.rounds)
+        share = method.window or -(-one.end // len(centroids))
+        found, clusters = torch.zeros(one.end, one.end, dtype=torch.float64), [0] * one.end
+        for centroid in centroids:
+            queries, keys = (_closest(x, centroid, share) for x in (q, k))
+            for i in queries:
+                seen = [j for j in keys if j <= i or not one.causal]
+                if seen:
+                    found[i, seen] += one.logits(one.q[i], one.k[seen]).softmax(0)
+                    clusters[i] += 1
+        return found / torch.tensor(clusters).clamp(min=1)[:, None]
+
+    return weights_of(heads, row_of)
+
+
+def _closest(x: Tensor, centroid: Tensor, many: int) -> list[int]:
+    near = (x @ centroid).tolist()
+    return sorted(sorted(range(len(x)), key=lambda i: (-near[i], i))[:many])
+
+
+def _k_means(x: Tensor, many: int, rounds: int) -> Tensor:
+    centroids = torch.stack([x[(2 * c + 1) * len(x) // (2 * many)] for c in range(many)])
+    for _ in range(rounds):
+        taken = [max(range(many), key=lambda c, i=i: (float(x[i] @ centroids[c]), -c)) for i in range(len(x))]
+        for c in range(many):
+            own = [x[i] for i, of in enumerate(taken) if of == c]
+            if own:
+                mean = torch.stack(own).sum(0)
+                centroids[c] = mean / mean.norm()
+    return centroids
 
 
 @torch.no_grad()

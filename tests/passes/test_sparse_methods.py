@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that leave much out of a hundred
     "landmark": {"mem_freq": 4, "top_k": 3},
     "longformer": {"window": 12, "first": 2},
     "random-tiles": {"density": 0.3, "block": 8, "share": "layer"},  # a draw of its own goes by the head's place
+    "routing": {"clusters": 6, "window": 12},
     "sparge": {"block": 8, "threshold": 0.7, "similarity": 0.05, "density": 0.5},
     "streaming-llm": {"local": 12},
     "tri-shape": {"sink": 3, "local": 9, "last": 5},
