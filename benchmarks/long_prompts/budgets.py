@@ -19,7 +19,7 @@ from tamis.registry import origin_of, registered_passes
 from .watch import looked_at, mean_density
 
 CONTROL = "random-tiles"
-THRESHOLDS = ("flex-prefill", "sparge", "x-attention")  # how many pairs they read follows from what they are given
+UNSURE = ("flex-prefill", "sparge", "vertical-slash", "x-attention")  # how much they read follows from their input
 NEAR = 0.1  # of the wanted density, by which a run may miss it
 STEPS = 9  # halvings of the knob's range: the density is then as near as tiles allow
 Knob = Callable[[float, int], dict[str, Any]]
@@ -40,16 +40,16 @@ def _slashes(x: float, tokens: int) -> dict[str, Any]:
     return {"columns": many, "slashes": many, "sink": 4, "near": block, "block": block}
 
 
-def _capped(parameter: str, published: float, **more: int) -> Knob:
+def _capped(parameter: str, published: float, **more: float) -> Knob:
     """A method with a threshold: as published with its tiles capped (x to 1); where that is too little, a higher one.
 
-    more  parameters that go with the tile, as the divisor of it
+    more  parameters that go with the tile, as parts of it
     """
 
     def knob(x: float, tokens: int) -> dict[str, Any]:
         block = tile(tokens)
         threshold = published + max(0.0, 2 * x - 1) * (1 - published)
-        others = {name: block // divisor for name, divisor in more.items()}
+        others = {name: round(part * block) for name, part in more.items()}
         return {"density": min(1.0, 2 * x), "block": block, parameter: round(threshold, 4), **others}
 
     return knob
@@ -57,7 +57,7 @@ def _capped(parameter: str, published: float, **more: int) -> Knob:
 
 def _best_alike(x: float, tokens: int) -> dict[str, Any]:
     """The published form with a fixed share of tiles, which takes none for mixed: a guard would fill the share."""
-    return {**_capped("threshold", 0.98)(x, tokens), "similarity": -0.1}
+    return {**_capped("threshold", 0.98)(x, tokens), "similarity": 1e-4}
 
 
 def _halved(x: float, tokens: int) -> dict[str, Any]:
@@ -79,8 +79,8 @@ KNOBS: dict[str, Knob] = {
     "bigbird": lambda x, tokens: {"block": tile(tokens), "random": round(64 * x)},
     "vertical-slash": _slashes,
     "hip": _halved,
-    "x-attention": _capped("threshold", 0.9, stride=8),
-    "flex-prefill": _capped("gamma", 0.9, min_budget=1),
+    "x-attention": _capped("threshold", 0.9, stride=1 / 8),
+    "flex-prefill": _capped("gamma", 0.9, min_budget=4),
     "sparge": _best_alike,
 }
 
@@ -118,12 +118,12 @@ def at_density(cls: type[SparseAttention], target: float, samples: Sequence[Head
 def settled(
     cls: type[SparseAttention], target: float, samples: Sequence[Heads], run: Callable[[SparseAttention], float]
 ) -> SparseAttention:
-    """`at_density`; a method that goes by a threshold is tried in a whole run, and its knob turned once more.
+    """`at_density`; a method that is unsure of what it reads is tried in a whole run, and its knob turned once more.
 
     run  the density of the rewritten model's own run: what layers see there is not what they see in the dense model
     """
     method = at_density(cls, target, samples)
-    if cls.name not in THRESHOLDS:
+    if cls.name not in UNSURE:
         return method
     missed = run(method) / target
     return method if abs(missed - 1) <= NEAR else at_density(cls, target / missed, samples)
