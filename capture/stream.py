@@ -25,10 +25,14 @@ ADDS = (aten.add.Tensor, aten.add_.Tensor)
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 CARRY = {*MOVES, *RESHAPES, "aten.to", "aten.clone", "aten.contiguous", "aten.expand", "aten.unsqueeze", "aten.squeeze"}
 CARRY |= {"aten.select", "aten.slice"}  # what hands keys on without changing them
+TAKES, RANKS = {"aten.gather", "aten.index", "aten.index_select"}, {"aten.topk", "aten.sort", "aten.argsort"}
 ROOM = {"aten.pad", "aten.constant_pad_nd"}  # what makes a cache longer
 
 
 LEARNED = "its tokens are learned queries, which no input of the model says anything of: each stands for one answer"
+
+
+PICKED = "its tokens are those of another stream that scored highest: each stands for one answer"
 
 
 def find_layers(program: ExportedProgram, sites: tuple[Site, ...]) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
@@ -36,8 +40,8 @@ def find_layers(program: ExportedProgram, sites: tuple[Site, ...]) -> tuple[tupl
 
     A site is on a stream when its result is added to a value [B, N, C] it was computed from, with the same tokens.  Of
     several streams the one that is not causal and has most layers is taken, the first of equals; never one that starts
-    from weights alone (the queries of a detector's decoder).  Sites whose results meet before the add (differential
-    attention) are one layer, that of the first.
+    from weights alone or from the best tokens of another (the queries of a detector's decoder).  Sites whose results
+    meet before the add (differential attention) are one layer, that of the first.
     """
     graph = program.graph
     by_name = {node.name: node for node in graph.nodes}
@@ -52,17 +56,14 @@ def find_layers(program: ExportedProgram, sites: tuple[Site, ...]) -> tuple[tupl
             judged.append(replace(site, role="stream", cached=residual.cached))
             found.append((judged[-1], residual))
     streams, given = _streams(graph, found), set(user_inputs(program))
-    starts = [stream[0][1].stream for stream in streams]
-    learned = [
-        stream
-        for stream, start in zip(streams, starts, strict=True)
-        if given.isdisjoint({start} | ancestors(start, through_sizes=False))
-    ]
-    queries = {site.index for stream in learned for site, _ in stream}
-    found = _deepest([stream for stream in streams if stream not in learned])
+    answers = [_answers(stream, streams, given) for stream in streams]
+    queries = {site.index: why for stream, why in zip(streams, answers, strict=True) if why for site, _ in stream}
+    found = _deepest([stream for stream, why in zip(streams, answers, strict=True) if not why])
     mine = {site.index for site, _ in found}
     found = [layer for i, layer in enumerate(found) if layer[1].add not in [other[1].add for other in found[:i]]]
-    judged = [replace(site, role="other", reason=LEARNED) if site.index in queries else site for site in judged]
+    judged = [
+        replace(site, role="other", reason=queries[site.index]) if site.index in queries else site for site in judged
+    ]
     judged = [
         _of_another_stream(site, found, by_name) if site.role == "stream" and site.index not in mine else site
         for site in judged
@@ -84,6 +85,34 @@ def _streams(graph: fx.Graph, found: list[tuple[Site, Residual]]) -> list[list[t
         streams.append([layer for layer in found if layer[1].stream in reached])
         found = [layer for layer in found if layer[1].stream not in reached]
     return streams
+
+
+def _answers(
+    stream: list[tuple[Site, Residual]], streams: list[list[tuple[Site, Residual]]], given: set[fx.Node]
+) -> str:
+    """Why each token of a stream stands for an answer of its own, so that none may leave; "" when it does not."""
+    start = stream[0][1].stream
+    above = {start} | ancestors(start, through_sizes=False)
+    if given.isdisjoint(above):
+        return LEARNED
+    others = {residual.add for other in streams if other is not stream for _, residual in other}
+    return PICKED if above & others and any(_picks(node, start) for node in above) else ""
+
+
+def _picks(node: fx.Node, start: fx.Node) -> bool:
+    """Whether a node takes as many tokens as `start` has out of more, by places that were found by ranking."""
+    if op_of(node) not in TAKES:
+        return False
+    values = [one.meta.get("val") for one in (node, node.all_input_nodes[0])]
+    if not all(isinstance(value, torch.Tensor) and value.dim() == 3 for value in values):
+        return False
+    taken, source = (value.shape[1] for value in values)  # type: ignore[union-attr]
+    places = {a for index in node.all_input_nodes[1:] for a in {index} | ancestors(index, through_sizes=False)}
+    return (
+        same(taken, start.meta["val"].shape[1])
+        and not same(source, taken)
+        and any(op_of(place) in RANKS for place in places)
+    )
 
 
 def _deepest(streams: list[list[tuple[Site, Residual]]]) -> list[tuple[Site, Residual]]:
@@ -157,6 +186,10 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             if same(value.shape[0], tokens) and not same(value.shape[1], tokens):
                 return f"its residual {outside[0].name} has its tokens in front of the batch"
             cached = not same(tokens, keys) and _behind_cache(k, tokens)
+            if joined_with := _joined_with(q, value.shape[1]):
+                return (
+                    f"its queries are the tokens of {joined_with} streams side by side, each with a residual of its own"
+                )
             if not (same(value.shape[1], tokens) and (same(tokens, keys) or cached)):
                 return f"queries ({tokens}), keys ({keys}) and residual ({value.shape[1]}) are not the same tokens"
             if not same(value.shape[0], q.meta["val"].shape[0]):
@@ -166,6 +199,17 @@ def _residual_add(by_name: dict[str, fx.Node], order: dict[fx.Node, int], site: 
             joined = True
         below.add(node)
     return "its result is not added to a value it was computed from"
+
+
+def _joined_with(queries: fx.Node, tokens: Any) -> int:
+    """How many streams, one of `tokens` tokens, queries [B, H, M, D] were joined from along their tokens; 0: one."""
+    node: Any = queries
+    while op_of(node) in CARRY:
+        node = node.args[0]
+    if op_of(node) != "aten.cat" or same(queries.meta["val"].shape[-2], tokens):
+        return 0
+    dim, pieces = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim(), node.args[0]
+    return len(pieces) if any(same(piece.meta["val"].shape[dim], tokens) for piece in pieces) else 0
 
 
 def _behind_cache(keys: fx.Node, tokens: Any) -> bool:

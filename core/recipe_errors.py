@@ -90,3 +90,14 @@ class PatternsUnreadable(TamisError):
         "it; --calibrate finds patterns for a model."
     )
     exit_code = 2
+
+
+class PassesExclude(TamisError):
+    """Two passes of one recipe that each rewrite an original."""
+
+    template = (
+        "{second}: cannot run on what {first} made of the model; each of them needs the captured original.\n"
+        "  hint: use one of the two; passes that reduce tokens compose with each other, so do those around sub-layers "
+        "and those that make attention sparse."
+    )
+    exit_code = 2

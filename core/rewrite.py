@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter
 from .graph import TokenGraph
 from .parameters import advice, check_kinds, check_sizes, shown
+from .recipe_errors import PassesExclude
 from .registry import find_pass
 from .spec import check_invariants
 
@@ -97,11 +98,13 @@ class Pass(metaclass=PassType):
     name    kebab-case, set by `register`
     family  neighbours in a pipeline that share one run as one rewrite
     origin  where it comes from, "" for tamis and the running program; see `registry.origin_of`
+    takes_original  whether it runs on captured graphs alone, not on what another family made of one
     """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = "other"
     origin: ClassVar[str] = ""
+    takes_original: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, graph: TokenGraph, options: Options) -> Result:
@@ -228,11 +231,14 @@ class Pipeline:
     ) -> Result:
         """Apply all passes; raises NothingChanged when one of them changed nothing, unless allow_noop.
 
-        The other keywords are those of `Options`.
+        Raises PassesExclude when two of them each need an original.  The other keywords are those of `Options`.
         """
         options = Options(restore, token_map, symbolic_counts)
         outcomes: list[Outcome] = []
+        maker: Pass | None = None  # the first pass that changed an original, where it takes nothing else
         for family in self._families():
+            if maker is not None and family[0].takes_original:
+                raise PassesExclude(first=str(maker), second=str(family[0]))
             try:
                 result = type(family[0]).apply_together(family, graph, options)
             except Exception as error:
@@ -241,6 +247,7 @@ class Pipeline:
                     error.add_note(f"passes before: {done}")
                 raise
             if result.changed:
+                maker = family[0] if family[0].takes_original else maker
                 check_invariants(graph, result.graph, " + ".join(map(str, family)), restore=restore)
             graph, outcomes = result.graph, [*outcomes, *result.outcomes]
         if not allow_noop:

@@ -48,6 +48,7 @@ class TokenReduction(Pass):
     always: ClassVar[bool] = False  # it also runs where its rule lets nothing leave
     grows: ClassVar[bool] = False  # it lets tokens in and none leave
     family: ClassVar[str] = "reduction"
+    takes_original: ClassVar[bool] = True
     properties: ClassVar[frozenset[str]] = PRUNING  # what holds of it, in the words of `properties.py`
 
     r: Any = None

@@ -52,6 +52,7 @@ class SparseAttention(Pass):
     """
 
     family: ClassVar[str] = "sparse"
+    takes_original: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = False  # whether it also means something where tokens see later ones
     indexed: ClassVar[bool] = True  # whether `index` says all; otherwise `attend` is the method's own
     looks_ahead: ClassVar[bool] = False  # not `indexed`: whether later tokens change what a causal query gets

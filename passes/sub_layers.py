@@ -71,6 +71,7 @@ class SubLayerReduction(Pass):
     """
 
     family: ClassVar[str] = "sub-layer"
+    takes_original: ClassVar[bool] = True
     from_the_first: ClassVar[bool] = False  # plans are made from what enters the first block, not each block its own
 
     layers: Any = field(default=None, kw_only=True)

@@ -24,6 +24,7 @@ from tamis.capture import capture
 from tamis.graph import TokenGraph
 from tamis.lowering.onnx import export_onnx
 from tamis.passes.reduction import TokenReduction
+from tamis.recipe_errors import PassesExclude
 from tamis.rewrite import Pipeline, Result, parse_passes
 
 SIZES = {"embed_dim": 48, "num_heads": 3, "num_classes": 10, "img_size": 128}
@@ -116,3 +117,14 @@ def test_onnx_runtime_follows_a_pair(first: str, tmp_path: Path) -> None:
     got, got_map = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     assert np.abs(got - logits.numpy()).max() <= 1e-4 * float(logits.abs().max())
     assert np.array_equal(got_map, went.numpy())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("tome:r=3", "tomesd:layers=[0]"), ("tomesd:layers=[0]", "tome:r=3"), ("random:r=2", "bigbird")],
+)
+def test_families_that_each_need_an_original_exclude_each_other(first: str, second: str) -> None:
+    with pytest.raises(PassesExclude) as caught:
+        Pipeline.parse(f"{first} + {second}").run(captured())
+    names = [str(Pipeline.parse(one)) for one in (second, first)]
+    assert str(caught.value).startswith(f"{names[0]}: cannot run on what {names[1]} made of the model;")

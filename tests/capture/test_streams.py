@@ -11,6 +11,7 @@ from zoo import draw, quietly
 
 from tamis.capture import capture
 from tamis.capture.streams import reached_in_place
+from tamis.errors import NoTokenStream
 from tamis.graph import TokenGraph
 
 TOKENS, CHANNELS = 16, 8
@@ -152,3 +153,24 @@ def test_two_attentions_of_one_block_are_one_layer() -> None:
     graph = capture(model, (torch.zeros(2, 3, 64, 64),))
     assert [site.role for site in graph.sites] == ["stream"] * 4
     assert [layer.site for layer in graph.layers] == [0, 2]
+
+
+class Joint(nn.Module):
+    """Attention over two streams side by side, as in SD3's transformer; each has a residual of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(CHANNELS, 3 * CHANNELS), nn.Linear(CHANNELS, 3 * CHANNELS)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        both = [
+            made(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4) for made, x in ((self.one, image), (self.two, text))
+        ]
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*both, strict=True))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return image + seen[:, :TOKENS], text + seen[:, TOKENS:]
+
+
+def test_attention_over_two_streams_is_refused_in_these_words() -> None:
+    with pytest.raises(NoTokenStream, match="the tokens of 2 streams side by side, each with a residual of its own"):
+        capture(Joint().eval(), (torch.randn(2, TOKENS, CHANNELS), torch.randn(2, 5, CHANNELS)))

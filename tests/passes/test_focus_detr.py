@@ -90,9 +90,13 @@ def update(layer, x, places, chosen):
 
 
 def expected(batch):
-    """The model's outputs with its encoder's layers replaced, and the tokens that each updated."""
-    model, undo, seen = detr(), [], []
-    state = {}
+    """DETR's outputs with its encoder's layers replaced, and the tokens that each updated."""
+    return written_out(detr(), detr().model.encoder.layers, images(batch))
+
+
+def written_out(model, layers, inputs):
+    """A model's outputs with some layers updating the chosen tokens alone, and how many these are."""
+    undo, seen, state = [], [], {}
 
     def replaced(index, layer):
         def forward(hidden_states, attention_mask, spatial_position_embeddings=None, **_):
@@ -109,12 +113,12 @@ def expected(batch):
 
         return forward
 
-    for index, layer in enumerate(model.model.encoder.layers):
+    for index, layer in enumerate(layers):
         layer.forward = replaced(index, layer)
         undo.append(layer)
     try:
         with torch.no_grad():
-            return torch.utils._pytree.tree_leaves(model(**images(batch))), seen
+            return torch.utils._pytree.tree_leaves(model(**inputs)), seen
     finally:
         for layer in undo:
             del layer.forward
@@ -126,6 +130,37 @@ def test_a_rewritten_detector_equals_the_one_written_out(batch):
     assert_equal_outputs(run(rewritten(), ((), images(batch))), outputs, 1e-9)
     outcomes = [(one.layer, one.before, one.after, one.inside) for one in applied(rewritten())]
     assert outcomes == [(layer, 12, count, "the block") for layer, count in enumerate(seen)]
+
+
+def rt_detr():
+    """RT-DETR: one layer of plain attention on the coarsest map, convolutions, and queries picked from all maps."""
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}
+    backbone = RTDetrResNetConfig(**sizes, layer_type="basic", out_features=["stage4"])
+    maps = {
+        "encoder_in_channels": [16],
+        "feat_strides": [32],
+        "encode_proj_layers": [0],
+        "decoder_in_channels": [WIDTH],
+    }
+    widths = {"d_model": WIDTH, "encoder_hidden_dim": WIDTH, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "decoder_n_points": 1}
+    rest = {"num_feature_levels": 1, "decoder_layers": 1, "num_queries": 4, "num_labels": 3, "num_denoising": 0}
+    config = RTDetrConfig(backbone_config=backbone, use_timm_backbone=False, **maps, **widths, **heads, **rest)
+    return draw(quietly(lambda: RTDetrForObjectDetection(config))).eval()
+
+
+def test_the_encoder_of_a_detector_that_picks_its_queries():
+    """Its decoder is deeper, but each of its tokens stands for an answer."""
+    model, inputs = rt_detr(), images(2, torch.float32)
+    graph = capture(model, (), inputs)
+    assert [site.module for site in graph.sites if site.role == "stream"] == ["model.encoder.aifi.0.layers.0.self_attn"]
+    assert "stands for one answer" in graph.sites[1].reason
+    result = Pipeline.parse([FocusDETR(weights=weights())]).run(graph)
+    outputs, seen = written_out(model, model.model.encoder.aifi[0].layers, inputs)
+    assert [one.after for one in applied(result)] == seen == [7]
+    assert_equal_outputs(run(result, ((), inputs)), outputs, 1e-4)
 
 
 def test_other_layers_say_why_not():
