@@ -9,6 +9,7 @@ if __name__ == "tamis.kernels":
     from . import attention_with_lse as attention_with_lse
     from . import bipartite_match as bipartite_match
     from . import block_sparse_attention as block_sparse_attention
+    from . import block_sparse_attention_with_lse as block_sparse_attention_with_lse
     from . import clustered_attention as clustered_attention
     from . import dequantize_linear as dequantize_linear
     from . import dynamic_quantize_linear as dynamic_quantize_linear

@@ -78,7 +78,7 @@ def reference(
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """The same where a program on a CPU calls the op."""
     index, scale, softcap = Pairs.of(*rest)
-    out = attend_rows(q, k, v, index, scale, softcap)
+    out, _ = attend_rows(q, k, v, index, scale, softcap)
     return with_dense(out, None, q, k, v, index, scale, softcap)[0]
 
 

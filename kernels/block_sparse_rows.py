@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .attention import grouped_logits, grouped_mix
+from .precision import compute_dtype
 from .sparse_pairs import MaybeTensor, Pairs, inverse
 
 Spans = tuple[tuple[int, int], ...]
@@ -40,12 +42,18 @@ class Rows:
         return (self.end - self.first) // len(self.keys)
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, softcap: float | None) -> Tensor:
-    """block_sparse_attention of real tensors, but for its `first` and `last` tokens; memory goes with N."""
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, softcap: float | None, *, lse: bool = False
+) -> tuple[Tensor, MaybeTensor]:
+    """block_sparse_attention of real tensors, but for its `first` and `last` tokens; memory goes with N.
+
+    lse  whether the log-sum-exp of the logits is wanted too, [B, H, N]; logits of a few rows are then held whole
+    """
     batch, heads, tokens, _ = q.shape
     key_heads = k.shape[1]
     sets = index.sets(heads, key_heads)
     out = q.new_empty((batch, tokens, heads, v.shape[-1]))
+    sums = q.new_full((batch, heads, tokens), -torch.inf, dtype=compute_dtype(q)) if lse else None
     ends = [tokens] * batch if index.lengths is None else index.lengths.tolist()
     masks = Masks(heads // max(sets, key_heads), index, q)
     for b, end in enumerate(ends):
@@ -59,27 +67,34 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, sof
             for rows in _rows_of(*lists, places, index, end):
                 place = slice(rows.first, rows.end)
                 parts = q[b, ours, place], k[b, theirs], v[b, theirs]
-                out[b, place, ours] = _attend(*parts, rows, masks, scale, softcap)
-    return out.transpose(1, 2)
+                out[b, place, ours], found = _attend(*parts, rows, masks, scale, softcap, lse)
+                if sums is not None and found is not None:
+                    sums[b, ours, place] = found
+    return out.transpose(1, 2), sums
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: float, softcap: float | None) -> Tensor:
-    """[R * queries, H, D] of q [H, R * queries, D] over k and v [Hk, N, D]; 0 where a query reads no key."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: float, softcap: float | None, lse: bool
+) -> tuple[Tensor, MaybeTensor]:
+    """[R * queries, H, D] of q [H, R * queries, D] over k and v [Hk, N, D], 0 where a query reads no key; lse [H, .]."""
     count, many = rows.keys.shape
     q = q.reshape(len(k), -1, count, rows.queries, q.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     if not many:
-        return v.new_zeros((count * rows.queries, q.shape[1] * q.shape[2] // rows.queries, v.shape[-1]))
+        return v.new_zeros((count * rows.queries, q.shape[1] * q.shape[2] // rows.queries, v.shape[-1])), None
     k, v = (x.index_select(1, rows.places).unflatten(1, (count, many)).transpose(0, 1) for x in (k, v))
-    mask = masks.of(rows)
-    if softcap is None:
+    mask, sums = masks.of(rows), None
+    if softcap is None and not lse:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        logits = torch.tanh((q @ k.mT).float() * (scale / softcap)) * softcap
-        out = (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
+        logits = grouped_logits(q, k, scale)
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        logits = logits if mask is None else logits + mask
+        out = grouped_mix(logits.softmax(-1), v, q)
+        sums = logits.logsumexp(-1).reshape(count, -1, rows.queries).transpose(0, 1).flatten(1) if lse else None
     if mask is not None and sum(b - a for a, b in rows.doubtful) >= many:
         out = out.masked_fill((mask == float("-inf")).all(-1, keepdim=True), 0.0)
     masks.clear(rows)
-    return out.reshape(count, -1, rows.queries, v.shape[-1]).transpose(1, 2).flatten(0, 1)
+    return out.reshape(count, -1, rows.queries, v.shape[-1]).transpose(1, 2).flatten(0, 1), sums
 
 
 def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reach: Pairs, end: int) -> Iterator[Rows]:

@@ -109,6 +109,35 @@ def BlockSparseAttention(
     return SparseMix(logits, v, q)
 
 
+@script(TAMIS, default_opset=op)
+def BlockSparseAttentionWithLse(
+    q,
+    k,
+    v,
+    tiles,
+    columns,
+    positions,
+    lengths,
+    rows: int,
+    width: int,
+    sink: int,
+    local: int,
+    first: int,
+    last: int,
+    scale: float,
+    causal: int,
+    softcap: float,
+):
+    logits = SparseLogits(
+        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+    )
+    top = op.ReduceMax(op.Max(logits, op.Constant(value_float=-3.4028234663852886e38)), [-1], keepdims=1)
+    lowest = op.Constant(value_float=float("-inf"))
+    weights = op.Where(logits > lowest, op.Exp(logits - top), op.Constant(value_float=0.0))
+    lse = op.Log(op.ReduceSum(weights, [-1], keepdims=1)) + top
+    return SparseMix(logits, v, q), op.Reshape(lse, op.Shape(q, start=0, end=3), allowzero=1)
+
+
 def of_index(
     function: Any,
     tensors: list[Any],

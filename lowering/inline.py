@@ -25,6 +25,7 @@ CALLED = frozenset(
         "attention_rows",
         "bipartite_match",
         "block_sparse_attention",
+        "block_sparse_attention_with_lse",
         "join_nearest",
         "merge_tokens",
         "order_slots",

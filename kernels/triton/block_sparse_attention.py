@@ -16,134 +16,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sparse_pairs import Pairs
 from .architecture import Architecture
-from .attention_tiles import LOG2E, WIDEST, MaybeTensor, capped, keys_of, padded, strides, why_not, with_unit_columns
+from .attention_tiles import (
+    WIDEST,
+    MaybeTensor,
+    keys_of,
+    padded,
+    strides,
+    why_not,
+    with_unit_columns,
+)
 from .launch import Launch, Twin, Work
+from .listed_keys import of_program, over, over_columns, wanted, wrote
 
 MOST = 128  # queries of a program
 COUNTS = ["tokens", "first", "last", "tile_count", "column_count", "tile_row", "column_row"]
-COUNTS += ["order_batch", "order_head"]
-
-
-@triton.jit
-def meet(
-    mix, total, top, queries, k, v, key, there, seen, scale, cap, k_row, v_row,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
-):  # fmt: skip
-    """Add keys [KEYS], those that are `there`, to the weighted values; `seen` [M, KEYS]: which query reads which."""
-    column, value_column = tl.arange(0, D), tl.arange(0, VALUE_D)
-    place = key.to(tl.int64)[:, None]
-    tile = tl.load(k + place * k_row + column[None, :], mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
-    logits = tl.dot(queries, tl.trans(tile), input_precision="ieee")
-    logits = logits * scale if cap is None else capped(logits, scale, cap)
-    logits = tl.where(seen, logits * LOG2E, -float("inf"))
-    highest = tl.maximum(top, tl.max(logits, 1))
-    shift = tl.where(highest == -float("inf"), 0.0, highest)  # a query that has read nothing yet has no maximum
-    weights = tl.exp2(logits - shift[:, None])
-    shrink = tl.exp2(top - shift)
-    inside = there[:, None] & (value_column < VALUE_WIDTH)[None, :]
-    values = tl.load(v + place * v_row + value_column[None, :], mask=inside, other=0.0)
-    mix = tl.dot(weights.to(values.dtype), values, mix * shrink[:, None], input_precision="ieee")
-    return mix, total * shrink + tl.sum(weights, 1), highest
-
-
-@triton.jit
-def over(
-    mix, total, top, queries, query, bound, k, v, order, first, last, stop, scale, cap, k_row, v_row,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
-    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Add the keys first .. last - 1, of those before position `stop`; each query reads those up to its bound.
-
-    PART: "all" and "listed" (without sinks and nearest keys, which are read as such) count places in memory, `order`
-    telling the position of each; "sink" and "near" (the nearest but sinks) count positions, `order` telling places.
-    Where there is no order they are one.
-    """
-    for start in range(first, last, KEYS):
-        at = start + tl.arange(0, KEYS)
-        inside = at < last
-        other = at if order is None else tl.load(order + at, mask=inside, other=0).to(tl.int32)
-        by_place: tl.constexpr = PART == "all" or PART == "listed"
-        place = at if by_place else other
-        position = other if by_place else at
-        there = inside & (position < stop)
-        seen = there[None, :] & (position[None, :] <= bound[:, None])
-        if PART == "listed" or PART == "near":
-            near = tl.abs(query[:, None] - position[None, :]) < LOCAL
-            seen = seen & (position >= SINK)[None, :] & (near if PART == "near" else (near == 0))
-        mix, total, top = meet(
-            mix, total, top, queries, k, v, place, there, seen, scale, cap, k_row, v_row,
-            WIDTH, VALUE_WIDTH, D, VALUE_D,
-        )  # fmt: skip
-    return mix, total, top
-
-
-@triton.jit
-def over_columns(
-    mix, total, top, queries, query, bound, k, v, positions, columns, count, tokens, stop, scale, cap, k_row, v_row,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
-    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
-):  # fmt: skip
-    """Add single keys, named by columns [count]."""
-    for start in range(0, count, KEYS):
-        slot = start + tl.arange(0, KEYS)
-        place = tl.load(columns + slot, mask=slot < count, other=-1)
-        held = (place >= 0) & (place < tokens)
-        position = place if positions is None else tl.load(positions + place, mask=held, other=0).to(tl.int32)
-        held = held & (position >= SINK) & (position < stop)
-        far = tl.abs(query[:, None] - position[None, :]) >= LOCAL
-        seen = held[None, :] & (position[None, :] <= bound[:, None]) & far
-        mix, total, top = meet(
-            mix, total, top, queries, k, v, place, held, seen, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D
-        )
-    return mix, total, top
-
-
-@triton.jit
-def of_program(
-    row, pack, batch, lengths, tokens, first, last,
-    ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
-    """Head and place of each query of a program [M], whether it is there, and the last position it reads, -1 for none.
-
-    DENSE: rows are those of the first and last tokens.
-    """
-    member = tl.arange(0, M)
-    query = row * ROWS + member % ROWS
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tl.load(lengths + batch), tokens).to(tl.int32)
-    there = member < PACK * ROWS
-    if DENSE:
-        there = there & (query < first + last)
-        query = tl.where(query < first, query, end - last + query - first)
-    there = there & (query >= 0) & (query < (end if DENSE else tokens))
-    bound = tl.where(there & (query < end), tl.minimum(query, end - 1) if CAUSAL else end - 1, -1)
-    return (pack * PACK + member // ROWS).to(tl.int64), query, there, bound
-
-
-@triton.jit
-def wanted(q, head, query, there, q_head, q_row, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Load the queries of a program, [M, D]."""
-    column = tl.arange(0, D)
-    place = q + head[:, None] * q_head + query.to(tl.int64)[:, None] * q_row + column[None, :]
-    return tl.load(place, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def wrote(out, mix, total, head, query, there, out_head, out_row, VALUE_WIDTH: tl.constexpr, VALUE_D: tl.constexpr):
-    """Store the means; a query that reads nothing gets zeros."""
-    column = tl.arange(0, VALUE_D)
-    mix = mix / tl.where(total == 0, 1.0, total)[:, None]
-    place = out + head[:, None] * out_head + query.to(tl.int64)[:, None] * out_row + column[None, :]
-    tl.store(place, mix.to(out.dtype.element_ty), mask=there[:, None] & (column < VALUE_WIDTH)[None, :])
+COUNTS += ["order_batch", "order_head", "lse_batch", "lse_head"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def block_sparse_kernel(
-    q, k, v, out, tiles, columns, positions, places, lengths,
+    q, k, v, out, lse, tiles, columns, positions, places, lengths,
     tokens, first, last, tile_count, column_count, group, sets, scale, cap,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, lse_batch, lse_head,
     tile_batch, tile_set, tile_row, column_batch, column_set, column_row, order_batch, order_head,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
@@ -195,46 +92,40 @@ def block_sparse_kernel(
             WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "near",
         )  # fmt: skip
     out += batch * out_batch
-    wrote(out, mix, total, head, query, there, out_head, out_row, VALUE_WIDTH, VALUE_D)
+    if lse is not None:
+        lse += batch * lse_batch
+    wrote(out, lse, mix, total, top, head, query, there, out_head, out_row, lse_head, VALUE_WIDTH, VALUE_D)
 
 
-def work(
+def launched(
     architecture: Architecture,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tiles: MaybeTensor,
-    columns: MaybeTensor,
-    positions: MaybeTensor,
-    lengths: MaybeTensor,
-    share: str,
-    rows: int,
-    width: int,
-    sink: int,
-    local: int,
-    first: int,
-    last: int,
+    index: Pairs,
     scale: float,
-    causal: bool,
-    softcap: float | None = None,
-) -> Work:
-    """One launch, and one for the tokens that read everything."""
+    softcap: float | None,
+    *,
+    lse: bool,
+) -> tuple[list[Launch], Tensor, MaybeTensor]:
+    """One launch, and one for the tokens that read everything; what they fill: attention, and log-sum-exp if asked."""
     batch, heads, tokens, size = q.shape
-    q, k, v, tiles, columns, positions = (with_unit_columns(x) for x in (q, k, v, tiles, columns, positions))
-    places = _places(positions) if sink or local else None
-    lengths = None if lengths is None else lengths.contiguous()
+    given = (q, k, v, index.tiles, index.columns, index.positions, index.lengths)
+    q, k, v, tiles, columns, positions, lengths = (with_unit_columns(x) for x in given)
     out = q.new_empty((batch, tokens, heads, v.shape[3])).transpose(1, 2)
+    sums = q.new_empty((batch, heads, tokens), dtype=torch.float32) if lse else None
     arguments: dict[str, Any] = {
-        **{"q": q, "k": k, "v": v, "out": out, "tiles": tiles, "columns": columns, "lengths": lengths},
-        **{"positions": positions, "places": places},
-        **{"tokens": tokens, "first": first, "last": last, "group": heads // k.shape[1]},
+        **{"q": q, "k": k, "v": v, "out": out, "lse": sums, "tiles": tiles, "columns": columns, "lengths": lengths},
+        **{"positions": positions, "places": _places(positions) if index.sink or index.local else None},
+        **{"tokens": tokens, "first": index.first, "last": index.last, "group": heads // k.shape[1]},
         **{"tile_count": 0 if tiles is None else tiles.shape[3]},
         **{"column_count": 0 if columns is None else columns.shape[3]},
-        **{"sets": {"layer": 1, "kv": k.shape[1], "query": heads}[share], "scale": scale, "cap": softcap},
+        **{"sets": {"layer": 1, "kv": k.shape[1], "query": heads}[index.share], "scale": scale, "cap": softcap},
         **strides("q", q, "batch", "head", "row"),
         **strides("k", k, "batch", "head", "row"),
         **strides("v", v, "batch", "head", "row"),
         **strides("out", out, "batch", "head", "row"),
+        **strides("lse", sums, "batch", "head"),
         **strides("tile", tiles, "batch", "set", "row"),
         **strides("column", columns, "batch", "set", "row"),
         **strides("order", positions, "batch", "head"),
@@ -244,18 +135,24 @@ def work(
     widths = {"WIDTH": size, "VALUE_WIDTH": v.shape[3], "D": padded(size), "VALUE_D": padded(v.shape[3])}
     launches = []
     for dense in (False, True):
-        if dense and not first + last:
+        if dense and not index.first + index.last:
             continue
         most = MOST // 2 if q.element_size() == 4 else MOST
-        pack = 1 if share == "query" else _pack(heads // k.shape[1], rows, most)
+        pack = 1 if index.share == "query" else _pack(heads // k.shape[1], index.rows, most)
         constants = {
-            **{"ROWS": rows, "PACK": pack, "M": max(16, triton.next_power_of_2(pack * rows)), "SPAN": width},
-            **{"SINK": sink, "LOCAL": local, "CAUSAL": causal, "DENSE": dense},
+            **{"ROWS": index.rows, "PACK": pack, "M": max(16, triton.next_power_of_2(pack * index.rows))},
+            **{"SPAN": index.width, "SINK": index.sink, "LOCAL": index.local, "CAUSAL": index.causal, "DENSE": dense},
         }
-        many = triton.cdiv(first + last if dense else tokens, rows)
+        many = triton.cdiv(index.first + index.last if dense else tokens, index.rows)
         launches.append(
             Launch(block_sparse_kernel, (many, heads // pack, batch), arguments, config.having(**widths, **constants))
         )
+    return launches, out, sums
+
+
+def work(architecture: Architecture, q: Tensor, k: Tensor, v: Tensor, *index: Any) -> Work:
+    """See `launched`."""
+    launches, out, _ = launched(architecture, q, k, v, *Pairs.of(*index), lse=False)
     return launches, out
 
 
