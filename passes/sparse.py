@@ -28,14 +28,14 @@ UNDERSTOOD = ("full", "padding", "causal")  # kinds of mask that causality and t
 
 def arguments(index: AttentionIndex, heads: Heads) -> list[Any]:
     """Those of block_sparse_attention and its kin for the attention of `heads` over an index."""
-    keys, values = (_permuted(x, index.permutation) for x in (heads.keys, heads.values))
+    keys, values = (permuted(x, index.permutation) for x in (heads.keys, heads.values))
     lists = [index.tiles, index.columns, index.permutation, heads.lengths, index.share]
     numbers = [index.rows, index.width, index.sink, index.local, index.first, index.last]
     return [heads.queries, keys, values, *lists, *numbers, heads.scale, heads.causal, heads.softcap]
 
 
-def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
-    """x [B, Hk, N, D] with the tokens of order [B, Hk, N] at its places."""
+def permuted(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, Hk, N, D] with the token that order [B, Hk, N] names at each place; as it is without an order."""
     if order is None:
         return x
     return take_rows(x.flatten(0, 1), order.flatten(0, 1).to(torch.int64)).reshape(x.shape)

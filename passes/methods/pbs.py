@@ -1,0 +1,121 @@
+"""PBS-Attn: keys are put in order of importance within segments before tiles of them are chosen.
+
+Source: Wang et al., "Sparser Block-Sparse Attention via Token Permutation", 2025, arXiv 2510.21270 (methods, llm 1.8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...attention_index import SHARES, AttentionIndex, Heads
+from ...counts import exact
+from ...registry import register
+from ..sparse import SparseAttention, permuted
+from ..sparse_scores import covering, in_tiles, pooled_logits, ranks, real_tiles, repeated, shared
+from ..stream_state import take_rows
+
+
+@register("pbs")
+@dataclass(frozen=True)
+class PBS(SparseAttention):
+    """Every row of queries reads its own segment, and of the segments before the tiles that hold `threshold`.
+
+    Within every whole segment of real tokens the keys are ordered by the attention of the last queries, so that
+    important ones share a tile: every key of an earlier segment comes before every query of a later one, whatever the
+    order.  Queries stay where they are, as in the published code.  Differs from it: the order is that of a key head
+    (the mean over its query heads), not of each query head, so that keys and values are copied once and shared by
+    the group; the softmax counts only real queries; a threshold of 1 reads everything, also as a float; and `density`
+    bounds the tiles, since an index has a fixed capacity.
+
+    Args:
+        density: of the tiles of earlier segments, at most this fraction is read (rounded up); its own segment and the
+            tile with the first token are always read.
+        block: tokens of a tile, and queries of a row.
+        segment: tokens within which keys are ordered; a multiple of the block.
+        threshold: part of the pooled attention to earlier segments that is enough; 1.0: everything.
+        share: who shares a choice: each "query" head has its own (published), those of a "kv" head or of the "layer"
+            have that of their mean; heads of a "layer" share the order of keys too.
+        layers: layers to use it in; all of them by default.
+    """
+
+    density: float = 1.0
+    block: int = 128
+    segment: int = 256
+    threshold: float = 0.9
+    share: str = "query"
+
+    @classmethod
+    def full(cls, tokens: int) -> SparseAttention:
+        """Every tile, whatever it holds."""
+        return cls(threshold=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            density=("in (0, 1]", 0 < self.density <= 1),
+            block=("1 or more", self.block >= 1),
+            segment=(f"a multiple of the block, {self.block}", self.segment >= 1 and self.segment % self.block == 0),
+            threshold=("0 or more", self.threshold >= 0),
+            share=(f"one of {', '.join(SHARES)}", self.share in SHARES),
+        )
+
+    @property
+    def reads(self) -> str:
+        """What a query reads, for the report."""
+        most = f", at most {self.density:.0%}" if self.density < 1 else ""
+        return f"reads its segment of {self.segment}, and the tiles that hold {self.threshold:.0%} of the others{most}"
+
+    def index(self, heads: Heads) -> AttentionIndex:
+        """The order of keys, and the tiles of it."""
+        order = self.order(heads)
+        part = exact(self.density)
+        room = self.segment // self.block + 1  # its own segment, and the tile of the first token
+        keep = [part.numerator, part.denominator * (room + 1) - 1, part.denominator]
+        tiles = torch.ops.tamis.pick_tiles(
+            self.scores(heads, order), heads.lengths, self.block, False, False, False, keep, 1.0
+        )
+        return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, share=self.share, permutation=order)
+
+    def order(self, heads: Heads) -> Tensor:
+        """[B, Hk, N] int32: the token whose key is at each place.  Ties: lowest token; a broken segment stays."""
+        weights = shared(self._weights(heads), heads, "layer" if self.share == "layer" else "kv")
+        weights = weights.expand(-1, heads.keys.shape[1], -1)
+        parts = in_tiles(weights.unsqueeze(-1), self.segment).squeeze(-1)
+        within = parts.sort(dim=-1, descending=True, stable=True).indices
+        start = torch.arange(parts.shape[2], device=parts.device).unsqueeze(1) * self.segment
+        place = torch.arange(heads.tokens, device=parts.device)
+        return (within + start).flatten(2).index_select(2, place).to(torch.int32)
+
+    def _weights(self, heads: Heads) -> Tensor:
+        """[B, H, N] mean attention of the last `block` real queries to all keys of whole segments; 0 elsewhere."""
+        device, batch = heads.queries.device, heads.queries.shape[0]
+        ends = torch.arange(batch, device=device) * 0 + heads.tokens if heads.lengths is None else heads.lengths
+        place = ends.unsqueeze(1) - self.block + torch.arange(self.block, device=device)
+        queries = take_rows(heads.queries, place.clamp(min=0), 2, 0).float()
+        logits = queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale
+        if heads.softcap is not None:
+            logits = torch.tanh(logits / heads.softcap) * heads.softcap
+        whole = torch.arange(heads.tokens, device=device) < (ends // self.segment * self.segment).unsqueeze(1)
+        there = (place >= 0)[:, None, :, None]
+        seen = there & whole[:, None, None, :]
+        weights = torch.where(seen, logits, torch.finfo(torch.float32).min).softmax(-1)
+        return torch.where(seen, weights, 0.0).sum(2) / there.sum(2).clamp(min=1)
+
+    def scores(self, heads: Heads, order: Tensor) -> Tensor:
+        """[B, S, R, C] pooled attention to the chosen tiles of earlier segments, 2 for what is always read; else -inf."""
+        tile = torch.arange((heads.tokens + self.block - 1) // self.block, device=order.device)
+        segment = tile * self.block // self.segment
+        earlier = (segment < segment.unsqueeze(1)) & real_tiles(heads, self.block).unsqueeze(3)
+        logits = shared(pooled_logits(heads, permuted(heads.keys, order), self.block), heads, self.share)
+        weights = torch.where(earlier, logits, torch.finfo(torch.float32).min).softmax(-1)
+        weights = torch.where(earlier, weights, -1.0)
+        part = exact(self.density)
+        most = (part.numerator * earlier.sum(-1, keepdim=True) + part.denominator - 1) // part.denominator
+        chosen = earlier & covering(weights.clamp(min=0), self.threshold, crossing=True) & (ranks(weights) < most)
+        first = in_tiles((order == 0).float().unsqueeze(-1), self.block).sum((3, 4)) > 0  # [B, Hk, C]
+        first = first[:, :1] if self.share == "layer" else repeated(first, heads) if self.share == "query" else first
+        always = (segment == segment.unsqueeze(1)) | (first.unsqueeze(2) & earlier)
+        return torch.where(always, 2.0, torch.where(chosen, weights, -torch.inf))
