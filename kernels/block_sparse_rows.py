@@ -76,7 +76,7 @@ def attend_rows(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: float, softcap: float | None, lse: bool
 ) -> tuple[Tensor, MaybeTensor]:
-    """[R * queries, H, D] of q [H, R * queries, D] over k and v [Hk, N, D], 0 where a query reads no key; lse [H, .]."""
+    """[R * queries, H, D] of q [H, R * queries, D] over k and v [Hk, N, D], 0 for who reads no key; and lse [H, .]."""
     count, many = rows.keys.shape
     q = q.reshape(len(k), -1, count, rows.queries, q.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     if not many:
