@@ -127,12 +127,17 @@ def attention_of(graph: TokenGraph, inputs: Any) -> torch.Tensor:
     return seen[0]
 
 
-def test_exported_files_choose_the_same(tmp_path: Any) -> None:
+CHOICES = (
+    "vertical-slash:columns=6,slashes=5,sink=2,near=2,block=8,estimate=8",
+    "pbs:block=4,segment=8,threshold=0.3,density=0.5",
+)
+
+
+@pytest.mark.parametrize("passes", CHOICES, ids=lambda text: text.split(":")[0])
+def test_exported_files_choose_the_same(passes: str, tmp_path: Any) -> None:
     model, _ = captured("llama")
     inputs = prompt(2, 40, "left")
-    fast = tamis.compile(
-        model, kwargs=inputs, passes="vertical-slash:columns=6,slashes=5,sink=2,near=2,block=8,estimate=8"
-    )
+    fast = tamis.compile(model, kwargs=inputs, passes=passes)
     fast.export(tmp_path / "sparse.onnx")
     loaded = tamis.load(tmp_path / "sparse.onnx")
     other = prompt(3, 57, "mixed")

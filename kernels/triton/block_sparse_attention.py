@@ -130,7 +130,7 @@ def launched(
         **strides("column", columns, "batch", "set", "row"),
         **strides("order", positions, "batch", "head"),
     }
-    kind = "" if positions is None else "order"
+    kind = "" if positions is None and not lse else "extra"  # which takes registers
     config = architecture.config("block_sparse_kernel", *keys_of(max(size, v.shape[3]), q, kind))
     widths = {"WIDTH": size, "VALUE_WIDTH": v.shape[3], "D": padded(size), "VALUE_D": padded(v.shape[3])}
     launches = []

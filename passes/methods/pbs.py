@@ -105,7 +105,7 @@ class PBS(SparseAttention):
         return torch.where(seen, weights, 0.0).sum(2) / there.sum(2).clamp(min=1)
 
     def scores(self, heads: Heads, order: Tensor) -> Tensor:
-        """[B, S, R, C] pooled attention to the chosen tiles of earlier segments, 2 for what is always read; else -inf."""
+        """[B, S, R, C] pooled attention to chosen tiles of earlier segments, 2 for what is always read, or -inf."""
         tile = torch.arange((heads.tokens + self.block - 1) // self.block, device=order.device)
         segment = tile * self.block // self.segment
         earlier = (segment < segment.unsqueeze(1)) & real_tiles(heads, self.block).unsqueeze(3)

@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that leave much out of a hundred
     "hip": {"sink": 3, "local": 9, "chunks": [8, 4], "keeps": [40, 16], "strides": [2, 1], "block": 8},
     "landmark": {"mem_freq": 4, "top_k": 3},
     "longformer": {"window": 12, "first": 2},
+    "pbs": {"density": 0.5, "block": 8, "segment": 16, "threshold": 0.4},
     "random-tiles": {"density": 0.3, "block": 8, "share": "layer"},  # a draw of its own goes by the head's place
     "routing": {"clusters": 6, "window": 12},
     "sparge": {"block": 8, "threshold": 0.7, "similarity": 0.05, "density": 0.5},
