@@ -57,6 +57,8 @@ class SparseAttention(Pass):
     indexed: ClassVar[bool] = True  # whether `index` says all; otherwise `attend` is the method's own
     looks_ahead: ClassVar[bool] = False  # not `indexed`: whether later tokens change what a causal query gets
 
+    moves: ClassVar[bool] = False  # whether it asks for queries or keys at positions of other tokens
+
     layers: Any = field(default=None, kw_only=True)
     heads: Any = field(default=None, kw_only=True)
 
@@ -113,6 +115,9 @@ class SparseAttention(Pass):
             return f"attention has a window of its own, {site.mask.window}"
         if site.mask.kind not in UNDERSTOOD:
             return "attention adds a mask or bias that is neither causal nor padding, which an index cannot say"
+        rotations = (site.q_rotation, site.k_rotation)
+        if self.moves and any(rotation and not rotation.tables for rotation in rotations):
+            return "its rotary embedding has no table of positions, and the method moves queries or keys to others"
         if not (site.hides_later or self.bidirectional):
             return "attention sees later tokens too, and the method is made for causal attention"
         return ""

@@ -95,8 +95,11 @@ def combiner(heads: Heads, method: Combiner) -> Tensor:
     return weights_of(heads, row_of)
 
 
-def cca(heads: Heads, method: CCA) -> Tensor:
-    """Counted from 1, as on the page: groups 1 .. j, j = max(0, floor((i - s) / g)), and tokens j * g + 1 .. i."""
+def cca(heads: Heads, method: CCA, turn: Callable[[Tensor, int], Tensor] = lambda key, _: key) -> Tensor:
+    """Counted from 1, as on the page: groups 1 .. j, j = max(0, floor((i - s) / g)), and tokens j * g + 1 .. i.
+
+    turn  a key moved on by so many positions
+    """
 
     def row_of(one: Head) -> Tensor:
         summaries = []
@@ -104,7 +107,8 @@ def cca(heads: Heads, method: CCA) -> Tensor:
             k = one.k[list(span)]
             parts = torch.zeros(one.end, dtype=torch.float64)
             parts[list(span)] = one.logits(one.q[span[-1]], k).softmax(0)
-            summaries.append((parts[list(span)] @ k, parts, 0.0))
+            moved = torch.stack([turn(key, len(span) - 1 - i) for i, key in enumerate(k)])
+            summaries.append((parts[list(span)] @ moved, parts, 0.0))
 
         def near(i: int) -> Iterator[int]:
             groups = max(0, (i + 1 - method.local) // method.span)
@@ -113,6 +117,14 @@ def cca(heads: Heads, method: CCA) -> Tensor:
         return _one_softmax(one, near, summaries)
 
     return weights_of(heads, row_of)
+
+
+def rotated(key: Tensor, by: int) -> Tensor:
+    """A Llama's key [D], moved on by so many positions: channel c and c + D / 2 turn by 10000 ** (-2c / D) for each."""
+    half = len(key) // 2
+    angle = by * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    x, y = key[:half], key[half:]
+    return torch.cat([x * angle.cos() - y * angle.sin(), y * angle.cos() + x * angle.sin()])
 
 
 def dilated(heads: Heads, method: Dilated) -> Tensor:

@@ -84,10 +84,10 @@ class CCA(SparseAttention):
     """Every token reads the `local` tokens before it, and of every `span` tokens before those one core token.
 
     The core token is the mean of its group by the attention that the group's last token gives to it; its key and value
-    are those of that mean: as both are linear, the same mean of the group's keys and values.  Made for models
-    that were trained on with it; on others quality drops.  Differs: as printed, a token may be read twice, by itself
-    and in its group (here the window starts behind the last group read); a core's key is the mean of keys as attention
-    used them, rotated by position and normalised where the model does so.
+    are those of that mean: as both are linear, the same mean of the group's keys and values.  Made for models that were
+    trained on with it; on others quality drops.  Differs: as printed, a token may be read twice, by itself and in its
+    group (here the window starts behind the last group read).  Unsaid there: a core has the rotary position of its
+    group's last token; where a model normalises keys, which is not linear, the mean is of normalised ones.
 
     Args:
         span: tokens of a group (published: 16).
@@ -96,6 +96,7 @@ class CCA(SparseAttention):
     """
 
     indexed = False
+    moves = True
 
     span: int = 16
     local: int = 1024
@@ -115,14 +116,17 @@ class CCA(SparseAttention):
         return f"reads the {self.local} nearest tokens and one core of every {self.span} before"
 
     def attend(self, heads: Heads) -> Tensor:
-        """Keys and values of core tokens, by linearity."""
-        weights = self.weights(heads)
-        keys, values = (mixed_in_spans(weights, x, self.span) for x in (heads.keys, heads.values))
+        """Keys and values of core tokens, by linearity: of the projections, and of the rotation to one position."""
+        weights, place = self.weights(heads), torch.arange(heads.tokens, device=heads.queries.device)
+        moved = heads.keys_at(self.last(place // self.span, heads)) if self.span > 1 else heads.keys
+        keys, values = (mixed_in_spans(weights, x, self.span) for x in (moved, heads.values))
         return attend_to_spans(heads, keys, values, None, self.span, self.local)
 
     def weights(self, heads: Heads) -> Tensor:
         """Attention of each group's last token to its group: [B, Hk, M, group, span]."""
-        count = (heads.tokens + self.span - 1) // self.span
-        last = torch.arange(1, count + 1, device=heads.queries.device) * self.span - 1
-        pointers = heads.queries.index_select(2, last.clamp(max=heads.tokens - 1))
-        return weights_in_spans(heads, pointers, self.span)
+        group = torch.arange((heads.tokens + self.span - 1) // self.span, device=heads.queries.device)
+        return weights_in_spans(heads, heads.queries.index_select(2, self.last(group, heads)), self.span)
+
+    def last(self, group: Tensor, heads: Heads) -> Tensor:
+        """Places of the groups' last tokens."""
+        return (group * self.span + self.span - 1).clamp(max=heads.tokens - 1)

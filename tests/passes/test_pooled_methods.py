@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pooled_oracle as oracle
@@ -138,9 +139,19 @@ def test_decoders_are_what_the_definition_weighs(name: str, case: str) -> None:
     result = Pipeline.parse(replace(method, layers=[1])).run(graph)
     assert [o.layer for o in result.outcomes if o.applied] == [1]
     inputs = prompt(2, 29, None)
-    expected = model_by_hand(model, inputs, 1, True, lambda heads: mixed(heads, weighed(heads, method)))
+    turning = partial(weighed, turn=oracle.rotated) if method.moves else weighed
+    expected = model_by_hand(model, inputs, 1, True, lambda heads: mixed(heads, turning(heads, method)))
     torch.testing.assert_close(logits(result.graph.program.module(), inputs), expected, rtol=1e-4, atol=1e-4)
     assert (expected - original(model, inputs)).norm() > 0.01 * expected.norm()
+
+
+def test_where_keys_are_rotated_by_no_table_cca_says_so() -> None:
+    site = captured_decoder("llama")[1].sites[0]
+    assert site.k_rotation is not None
+    fixed = replace(site, k_rotation=replace(site.k_rotation, tables=()))
+    assert CCA().why_not_at(site) == ""
+    assert "no table of positions" in CCA().why_not_at(fixed)
+    assert Combiner().why_not_at(fixed) == ""
 
 
 @pytest.mark.parametrize("case", ["combiner-mean", "dilated-first", "routing"])
