@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 NAMESPACE = "tamis"
+CONTRIB = "com.microsoft"  # domain of ONNX Runtime's own operators
 
 
 @dataclass(frozen=True)
 class OnnxCall:
     """One call of a model-local ONNX function in domain `tamis`, or of a standard operator.
 
-    function    an `onnxscript` function whose body uses standard ops only (opset 18 or newer), or the operator's name
+    function    an `onnxscript` function whose body uses standard ops (opset 18 or newer), in `Op.contrib` also ONNX
+                Runtime's own, or the operator's name
     inputs      in order: tensors; counts (int or SymInt), which become int64 scalars; lists of int, int64 vectors
     attributes  plain ints, floats and strings
     since       version of the standard operators that the call needs
@@ -53,6 +55,8 @@ class Op:
     parts      the definition in other ops of ours
     on_cpu     what a CPU runs where a program calls the op, where that is faster than the reference; same results to
                rounding, never traced
+    contrib    same arguments -> OnnxCall of a function on ONNX Runtime's own operators, or as text why there is none;
+               None where standard ones do
     captured   whether models hold it before any pass has run
     flops      same arguments (tensors as shapes) -> floating point operations, multiply and add counted as two
     samples    argument tuples that the generic tests run: reference, fake, ONNX, and later Triton, must agree on them
@@ -68,6 +72,7 @@ class Op:
     samples: Callable[[], Iterable[tuple[Any, ...]]]
     triton: str | None = None
     parts: Callable[..., Any] | None = None
+    contrib: Callable[..., OnnxCall | str] | None = None
     captured: bool = False
     on_cpu: Callable[..., Any] | None = None
 

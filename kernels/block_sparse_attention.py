@@ -43,6 +43,7 @@ from ..op import OnnxCall, Op, define_op
 from .block_sparse_rows import attend_rows
 from .gathered_attention import attended, with_dense
 from .onnx_block_sparse import BlockSparseAttention, of_index
+from .onnx_grouped_query import grouped_query
 from .sparse_pairs import MaybeTensor, Pairs
 
 INDEX_SCHEMA = (
@@ -139,6 +140,7 @@ BLOCK_SPARSE_ATTENTION = define_op(
         on_cpu=on_cpu,
         fake=fake,
         onnx=onnx,
+        contrib=grouped_query,
         flops=flops,
         samples=samples,
         triton="block_sparse_attention",

@@ -18,7 +18,7 @@ from .opset import TAMIS
 
 @script(TAMIS, default_opset=op)
 def ListedKeys(tiles, columns, rows, tokens, width):
-    """[b, s, N, N] which keys the lists of each query name; rows, tokens, width [1]."""
+    """[b, s, R, N] which keys the lists of each row of queries name; rows, tokens, width [1]."""
     one = op.Constant(value_ints=[1])
     count = op.Concat(one, one, (tokens + rows - 1) / rows, one, axis=0)
     starts, alone = op.Expand(tiles, count), op.Expand(columns, count)
@@ -34,7 +34,7 @@ def ListedKeys(tiles, columns, rows, tokens, width):
     mark = op.Expand(op.Constant(value_int=1), op.Shape(alone))
     single = op.ScatterElements(none, op.Where(alone < 0, beyond, alone), mark, axis=-1)
     listed = op.Slice(covered + single, op.Constant(value_ints=[0]), tokens, op.Constant(value_ints=[-1]))
-    return op.Gather(listed > 0, op.Range(0, op.Squeeze(tokens), 1) / rows, axis=2)
+    return listed > 0
 
 
 @script(TAMIS, default_opset=op)
@@ -53,9 +53,9 @@ def SparseLogits(
     implicit = op.Or(op.Or(key < sink, near), dense)
     later = op.And(key > query, op.Expand(causal, [1]) > 0)
     real = op.And(op.And(key < ends, query < ends), op.Not(later))
-    listed = ListedKeys(
-        op.Cast(tiles, to=7), op.Cast(columns, to=7), op.Expand(rows, [1]), tokens, op.Expand(width, [1])
-    )
+    line, span = op.Expand(rows, [1]), op.Expand(width, [1])
+    listed = ListedKeys(op.Cast(tiles, to=7), op.Cast(columns, to=7), line, tokens, span)
+    listed = op.Gather(listed, place / line, axis=2)
     # a list is that of all heads, of a group, or of one head
     heads, key_heads = op.Shape(q, start=1, end=2), op.Shape(k, start=1, end=2)
     sets = op.Shape(listed, start=1, end=2)

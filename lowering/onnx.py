@@ -29,6 +29,7 @@ from . import onnx_names as names
 from .onnx_file import LIMIT, refuse_existing, write_whole
 from .onnx_nodes import add_functions, refuse_mean_scatter, symbolic_program, translations
 from .onnx_opaque import symbols_kept, translation, version_needed, write_back
+from .splice import fake_mode_of, without_guards
 
 OPSET = 18
 
@@ -38,6 +39,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     inline: bool = False,
+    contrib: bool = False,
     opset: int = OPSET,
     metadata: Mapping[str, str] | None = None,
     input_names: Sequence[str] | None = None,
@@ -52,6 +54,7 @@ def export_onnx(
     """Write the program to `path`, whole or not at all, and return the path.
 
     inline         put the bodies of the functions in place of their calls
+    contrib        ONNX Runtime's own operators where they compute the same: no other runtime knows the file then
     opset          version of the standard operators, 18 or newer; a newer one is taken where operators need it
     metadata       key-value pairs for the file (the recipe)
     input_names    default: the names of the arguments;  output_names  default: paths in the result
@@ -67,7 +70,7 @@ def export_onnx(
     path = Path(path)
     refuse_existing(path, overwrite=overwrite)
     refuse_mean_scatter(program.graph, str(path))
-    model = onnx_model(program, str(path), opset=opset, inline=inline)
+    model = onnx_model(program, str(path), opset=opset, inline=inline, contrib=contrib)
     names.rename_weights(model, weight_names or {})
     _name_all(model, program, input_names, output_names, dimensions)
     names.rename_results(model, results)
@@ -83,12 +86,12 @@ def export_onnx(
     return path
 
 
-def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool) -> ir.Model:
+def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool, contrib: bool = False) -> ir.Model:
     """The program as an ONNX model in memory; `path` is what errors call it."""
-    symbolic, calls = symbolic_program(program)
+    symbolic, calls = symbolic_program(program, contrib)
     try:
         # under gradients torch chooses another kernel for attention with a learned bias, and with it other strides
-        with torch.no_grad(), _quiet(), symbols_kept(program.graph):
+        with torch.no_grad(), _quiet(), symbols_kept(program.graph), without_guards(fake_mode_of(program.graph)):
             exported = torch.onnx.export(
                 symbolic,
                 dynamo=True,

@@ -27,7 +27,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ..capture.program import copied, rebuild
 from ..errors import ExportFailed
-from ..op import NAMESPACE, OPS, OnnxCall, Op
+from ..op import CONTRIB, NAMESPACE, OPS, OnnxCall, Op
 from .onnx_rows import guard_rows
 from .splice import Splicer, fake_mode_of, op_of
 
@@ -52,8 +52,11 @@ class Calls:
             self.functions[call.name] = call.function
 
 
-def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Calls]:
-    """The program with symbolic ONNX nodes for its tamis ops, and what those call."""
+def symbolic_program(program: ExportedProgram, contrib: bool = False) -> tuple[ExportedProgram, Calls]:
+    """The program with symbolic ONNX nodes for its tamis ops, and what those call.
+
+    contrib  ops that have a form on ONNX Runtime's own operators get it
+    """
     calls = Calls()
     module = copied(program)
     guard_rows(program, module.graph)
@@ -65,18 +68,19 @@ def symbolic_program(program: ExportedProgram) -> tuple[ExportedProgram, Calls]:
     for node in list(module.graph.nodes):
         op = op_of(node)
         if op is not None and op.name != "token_count":
-            splicer.splice(node, _caller(op, calls))
+            splicer.splice(node, _caller(op, calls, contrib))
     module.graph.eliminate_dead_code()
     module.recompile()
     return rebuild(program, module), calls
 
 
-def _caller(op: Op, calls: Calls) -> Callable[..., Any]:
-    written = op.onnx
-    assert written is not None
+def _caller(op: Op, calls: Calls, contrib: bool) -> Callable[..., Any]:
+    standard_form = op.onnx
+    assert standard_form is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        made = written(*args, **kwargs)
+        own = op.contrib(*args, **kwargs) if contrib and op.contrib else None
+        made = own if isinstance(own, OnnxCall) else standard_form(*args, **kwargs)
         calls.add(made)
         several, dtypes, shapes = _results(op, args, kwargs)
         outputs = torch.onnx.ops.symbolic_multi_out(
@@ -180,6 +184,8 @@ def add_functions(model: ir.Model, functions: Functions) -> None:
     for function in _with_callees(functions):
         added = ir.serde.deserialize_function(function.to_function_proto())
         added.opset_imports[""] = model.opset_imports[""]
+        if CONTRIB in added.opset_imports:
+            model.opset_imports[CONTRIB] = added.opset_imports[CONTRIB]
         _plain_constants(added)
         model.functions[added.identifier()] = added
 

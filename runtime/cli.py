@@ -93,6 +93,12 @@ def _add_result(group: Any) -> None:
     group.add_argument("--mode", choices=MODES, help="run through Inductor; the default is eager")
     group.add_argument("--inline", action="store_true", default=None, help="ONNX without functions")
     group.add_argument(
+        "--ort-contrib",
+        action="store_true",
+        default=None,
+        help="ONNX with operators of ONNX Runtime's own for sparse attention: faster there, and runs nowhere else",
+    )
+    group.add_argument(
         "--native", action="store_true", help="a .pt2 of native code (AOTInductor), which runs without tamis"
     )
     group.add_argument(

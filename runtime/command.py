@@ -22,7 +22,7 @@ from .files import copy_companions, stem_of, whole_directory, write_text
 from .inputs import Call
 from .options import Options
 from .progress import Progress
-from .request import Request
+from .request import FOR_ONNX, Request
 
 NOTHING_TO_REDUCE = (NoAttention, UnknownAttention, NoTokenStream, OpaqueInTheWay)
 
@@ -84,8 +84,7 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
     prepared = prepare(request.model, step=step, any_model=not pipeline.passes)
     prepared = held_to(recipe, request.config, prepared, pipeline, any_model=request.any_model)
     compiled = build(prepared, pipeline, options, verify=request.verify is None, source=request.model, step=step)
-    if asked["inline"]:
-        compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, "inline": True})
+    compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, **_said(asked, FOR_ONNX)})
     if request.verify:
         step(f"comparing with the original on {request.verify}")
         compiled.report = compiled.report.with_changes(drift=_drift(compiled, request.verify))
@@ -95,6 +94,11 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
         _note_benchmark(compiled, compiled.benchmark())
     _write(compiled, request, prepared.directory, step)
     return compiled
+
+
+def _said(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options of these names that are on."""
+    return {name: True for name in names if options[name]}
 
 
 def _drift(compiled: CompiledModel, path: str) -> Any:
@@ -162,7 +166,7 @@ def _compile_kernels(compiled: CompiledModel, content: Path, step: Progress) -> 
 
 def _export(compiled: CompiledModel, path: Path, request: Request, step: Progress) -> None:
     """Write an ONNX file, which is checked on the way, and time it if that was asked for."""
-    compiled.export(path, inline=request.options["inline"], overwrite=request.overwrite)
+    compiled.export(path, **_said(request.options, FOR_ONNX), overwrite=request.overwrite)
     checked = "ONNX Runtime agrees with torch at other sizes"
     _note_artifact(compiled, {"path": str(request.output.path), "kind": request.output.kind, "checked": checked})
     if request.bench:

@@ -163,9 +163,18 @@ class CompiledModel(nn.Module):
         return benchmark_onnx(original.program, path, leaves, repeats=repeats, shapes=_shapes(original, call))
 
     def export(
-        self, path: str | os.PathLike[str], *, inline: bool = False, overwrite: bool = False, check: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        inline: bool = False,
+        ort_contrib: bool = False,
+        overwrite: bool = False,
+        check: bool = True,
     ) -> str:
         """Write an ONNX file; weights over 2 GB go to `path.data` beside it.  Returns the path.
+
+        With ort_contrib, sparse attention calls ONNX Runtime's own operators where they compute the same, which is
+        faster there and runs nowhere else; the report notes at which layers it does, or why not.
 
         With check, ONNX Runtime must agree with torch at another batch size and another length than the example's;
         otherwise nothing is kept.
@@ -176,7 +185,8 @@ class CompiledModel(nn.Module):
         from .package import export_checked
 
         _check_suffix(path, ".onnx")
-        return export_checked(self, os.fspath(path), inline=inline, overwrite=overwrite, check=check)
+        options = {"inline": inline, "ort_contrib": ort_contrib, "overwrite": overwrite, "check": check}
+        return export_checked(self, os.fspath(path), **options)
 
     def save(self, path: str | os.PathLike[str], *, native: bool = False, overwrite: bool = False) -> str:
         """Write the rewritten program, its recipe and its report to a `.pt2` file for `tamis.load`.  Returns the path.

@@ -81,7 +81,15 @@ def attention_tokens(program: ExportedProgram, call: Call) -> list[int]:
 
 
 def flops_per_layer(graph: TokenGraph, program: ExportedProgram, by_node: Mapping[str, int]) -> dict[int, int]:
-    """FLOPs of each layer of the stream, in the captured program or a rewritten one; {} when layers cannot be told.
+    """FLOPs of each layer of the stream, in the captured program or a rewritten one; {} when layers cannot be told."""
+    totals: dict[int, int] = {}
+    for name, layer in layers_of_nodes(graph, program).items():
+        totals[layer] = totals.get(layer, 0) + by_node.get(name, 0)
+    return totals
+
+
+def layers_of_nodes(graph: TokenGraph, program: ExportedProgram) -> dict[str, int]:
+    """Layer of the stream by name of the node, in the captured program or a rewritten one; {} when they cannot be told.
 
     A node belongs to the layer whose module made it; in a model without modules, to that whose line (whose node of an
     ONNX file) did.  Names would not do: a rewrite numbers nodes anew.  What a rewrite added has no module of its own
@@ -89,7 +97,7 @@ def flops_per_layer(graph: TokenGraph, program: ExportedProgram, by_node: Mappin
     """
     owners = {path: layer for layer, path in layer_modules(graph).items()}
     lines = {} if owners else layer_lines(graph)
-    totals: dict[int, int] = {}
+    found: dict[str, int] = {}
     current: int | None = None
     for node in program.graph.nodes:
         path = module_path(node) if owners else source_line(node)
@@ -97,8 +105,8 @@ def flops_per_layer(graph: TokenGraph, program: ExportedProgram, by_node: Mappin
             within = (layer for owner, layer in owners.items() if f"{path}.".startswith(f"{owner}."))
             current = next(within, None) if owners else lines.get(path)
         if current is not None:
-            totals[current] = totals.get(current, 0) + by_node.get(node.name, 0)
-    return totals
+            found[node.name] = current
+    return found
 
 
 def layer_modules(graph: TokenGraph) -> dict[int, str]:

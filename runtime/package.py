@@ -20,6 +20,7 @@ from .binaries import use_binaries
 from .embedded import EXTRA, extra_of, read_extra
 from .files import check_file, whole
 from .inputs import example_call, other_sizes
+from .ledger import layers_of_nodes
 from .recipe import Recipe
 from .verify import real_tokens_of
 
@@ -82,7 +83,9 @@ def _with_note(report: Report, note: str) -> Report:
     return report.with_changes(notes=(*report.notes, note)) if note else report
 
 
-def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: bool, check: bool) -> str:
+def export_checked(
+    model: CompiledModel, path: str, *, inline: bool, ort_contrib: bool, overwrite: bool, check: bool
+) -> str:
     """Write an ONNX file and hold it against torch; see `CompiledModel.export`."""
     from ..lowering.callables import lower
     from ..lowering.onnx import export_onnx
@@ -108,6 +111,7 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
             program,
             path,
             inline=inline,
+            contrib=ort_contrib,
             metadata=metadata,
             **file_names(program, interface, token_map=model.token_map),
             overwrite=overwrite,
@@ -120,7 +124,25 @@ def export_checked(model: CompiledModel, path: str, *, inline: bool, overwrite: 
             model.run_original()  # raises InputMismatch when the example inputs are to blame
         hint = "save it as .pt2 instead, or report the model and the recipe."
         raise ExportFailed(path=path, kind="ONNX", reason=first_line(error).rstrip("."), hint=hint) from error
+    if ort_contrib:
+        notes = (*model.report.notes, *contrib_notes(model))
+        model.report = model.report.with_changes(notes=tuple(dict.fromkeys(notes)))
     return path
+
+
+def contrib_notes(model: CompiledModel) -> list[str]:
+    """What a file with ONNX Runtime's own operators calls for attention over an index, and where it calls none, why."""
+    from ..lowering.onnx_contrib import contrib_forms
+
+    layers = {} if model.original is None else layers_of_nodes(model.original, model.graph.program)
+    places: dict[str, list[str]] = {}
+    for form in contrib_forms(model.graph.program):
+        said = f"has {form.function}" if form.function else f"has standard operators: {form.reason}"
+        name = form.node.name
+        places.setdefault(said, []).append(f"layer {layers[name]}" if name in layers else name)
+    if not places:
+        return ["the ONNX file has standard operators alone: ONNX Runtime's own are for sparse attention"]
+    return [f"the ONNX file {said} ({', '.join(at)})" for said, at in places.items()]
 
 
 def is_quantised(program: Any) -> bool:

@@ -15,7 +15,8 @@ from .files import Output, check_file
 from .options import DEFAULTS
 from .recipe import Recipe
 
-ASKED = {**DEFAULTS, "inline": False}  # what a recipe's options are over
+FOR_ONNX = {"inline": False, "ort_contrib": False}  # of how an ONNX file is written
+ASKED = {**DEFAULTS, **FOR_ONNX}  # what a recipe's options are over
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from tamis.op import NAMESPACE
+from tamis.op import CONTRIB, NAMESPACE
 
 ELEMENTS = {
     torch.float32: TensorProto.FLOAT,
@@ -40,7 +40,10 @@ def _model(call: Any, feeds: dict[str, torch.Tensor], results: dict[str, torch.T
     graph = helper.make_graph([node], "call", *([_info(*item) for item in some.items()] for some in (feeds, results)))
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", call.since), helper.make_opsetid(NAMESPACE, 1)],
+        opset_imports=[
+            helper.make_opsetid("", call.since),
+            *(helper.make_opsetid(one, 1) for one in (NAMESPACE, CONTRIB)),
+        ],
         functions=functions,
         ir_version=10,
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...op import CONTRIB as CONTRIB
 from .known import Known
 
 Value = Any  # Tensor, Known, a list of these, or None
@@ -129,7 +130,6 @@ def from_start(place: int, count: int) -> int:
 
 
 TABLE: dict[tuple[str, str], list[Entry]] = {}
-CONTRIB = "com.microsoft"
 
 
 def op(*names: str, since: int = 1, domain: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:

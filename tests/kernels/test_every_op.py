@@ -58,7 +58,18 @@ def test_onnx_runtime_equals_the_reference(op, args):
         for one, other in zip(results(op.parts(*args)), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
         return
-    got = run_call(op.onnx(*args), expected)
+    assert_close(run_call(op.onnx(*args), expected), expected)
+
+
+@pytest.mark.parametrize(("op", "args"), [case for case in CASES if case.values[0].contrib is not None])
+def test_operators_of_onnx_runtime_equal_the_reference(op, args):
+    call = op.contrib(*args)
+    if not isinstance(call, str):
+        expected = results(op.reference(*args))
+        assert_close(run_call(call, expected), expected)
+
+
+def assert_close(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     for a, b in zip(got, expected, strict=True):
         if b.is_floating_point() and b.dtype != torch.float16:
             assert (a.shape, a.dtype) == (b.shape, b.dtype)

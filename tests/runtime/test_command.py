@@ -64,11 +64,13 @@ def test_json_and_pt2(capsys: pytest.CaptureFixture[str], workplace: Path) -> No
 
 def test_directories_hold_all_one_needs(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
     (workplace / "tokenizer.json").write_text("{}")
-    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "out/", "--inline", "--no-restore")
+    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "out/", "--inline", "--ort-contrib", "--no-restore")
     assert code == 0, err
     assert made(workplace / "out") == ["model.onnx", "recipe.yaml", "report.json", "tokenizer.json"]
     recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
-    assert recipe["options"] == {"restore": False, "inline": True}
+    assert recipe["options"] == {"restore": False, "inline": True, "ort_contrib": True}
+    (note,) = json.loads(Path("out/report.json").read_text())["notes"]
+    assert note.startswith("the ONNX file has standard operators alone")
     code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "out")
     assert (code, "out/model.onnx: exists already" in err) == (2, True)
 
