@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,11 @@ class Cone:
         self.nodes = [one for one in node.graph.nodes if one in self._inside]
 
     def run(self, trial: Trial) -> Tensor:
-        """The node's value; values that nothing needs any more are let go, for tables of long sequences are large."""
+        """The node's value."""
+        return self.values(trial, [self.node])[self.node]
+
+    def values(self, trial: Trial, wanted: Collection[fx.Node]) -> dict[fx.Node, Tensor]:
+        """Values of some of its nodes; what nothing needs any more is let go: tables of long sequences are large."""
         env: dict[fx.Node, Any] = {}
         sizes: dict[str, int] = {}
         waiting = {one: sum(user in self._inside for user in one.users) for one in self.nodes}
@@ -60,10 +64,9 @@ class Cone:
                 env[one] = one.target(*args, **kwargs)  # type: ignore[operator]
             for used in one.all_input_nodes:
                 waiting[used] -= 1
-                if not waiting[used]:
+                if not waiting[used] and used not in wanted:
                     env[used] = None
-        result: Tensor = env[self.node]
-        return result
+        return {one: env[one] for one in wanted}
 
     def _made_up(self, node: fx.Node, trial: Trial, sizes: dict[str, int]) -> Any:
         value = made_up_input(node, trial, sizes)

@@ -44,7 +44,7 @@ class MaskReader:
 
     def _read(self, node: fx.Node) -> Mask:
         additive = node.meta["val"].dtype != torch.bool
-        as_bias = Mask("bias", node.name, additive)
+        as_bias = Mask("bias", node.name, additive=additive)
         cone = Cone(node, ancestors(node), self.constants)
         fillers = sorted(set(cone.fillers()))
         values = _tables(cone, [*TRIALS, *(Trial("right", 7, real=c + 1, fill=c) for c in fillers)])
@@ -63,7 +63,8 @@ class MaskReader:
             found = _kind([*tables, *((trial, _seen(table)) for trial, table in long)]) if long else None
         if found is None:
             return as_bias
-        return replace(found, node=None if found.kind == "full" else node.name, additive=additive)
+        real = _real_node(cone, tables) if found.padded else None
+        return replace(found, node=None if found.kind == "full" else node.name, real=real, additive=additive)
 
     def _telling_length(self, cone: Cone) -> int | None:
         """A length at which every window that the mask may have is seen; None: longer than can be tried."""
@@ -83,6 +84,20 @@ def _tables(cone: Cone, trials: list[Trial]) -> Tables:
     except Exception:
         return []
     return tables if all(table.dim() in (2, 4) for _, table in tables) else []
+
+
+def _real_node(cone: Cone, tables: Tables) -> str | None:
+    """The last node [B, N] of a mask's cone that is nonzero where the mask hides no padding, at every trial.
+
+    The mask itself says so too, but only as a table [N, N].
+    """
+    shapes = [(one, one.meta.get("val")) for one in cone.nodes]
+    left = [one for one, value in shapes if isinstance(value, Tensor) and value.dim() == 2 and one is not cone.node]
+    for trial, seen in tables:
+        keys = (torch.diagonal(seen, dim1=-2, dim2=-1) if seen.shape[-2] > 1 else seen[:, :, 0])[:, 0]
+        values = cone.values(trial, left)
+        left = [one for one in left if values[one].shape == keys.shape and bool(((values[one] != 0) == keys).all())]
+    return left[-1].name if left else None
 
 
 def _most(size: Any, program: ExportedProgram) -> int:

@@ -32,6 +32,8 @@ class Mask:
                     (None: to the end), in positions of the original sequence,
           "bias"    anything else: added to the logits as it stands, both its last axes being token axes
     node  name of the mask's node, None when there is none
+    real  name of a node [B, N] that is nonzero at the tokens whose keys `node` does not hide as padding; None where no
+          such node is among those that make the mask
     additive  float mask (0 and a large negative number, or a bias) rather than boolean
     padded    whether it hides keys that hold padding too, whatever its kind
     causal    whether no query sees a later key, whatever its kind
@@ -39,10 +41,16 @@ class Mask:
 
     kind: str = "full"
     node: str | None = None
+    real: str | None = None
     additive: bool = False
     padded: bool = False
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
+
+    @property
+    def padding_node(self) -> str:
+        """Name of the node that says which tokens are real, the cheaper one where there are two; "" without any."""
+        return self.real or self.node or ""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class LayerHeads(SparseInterpreter):
     def _needed(self) -> list[fx.Node]:
         """Nodes up to the last layer's attention; masks, from which several layers take the padding, are kept."""
         sites = [self.graph_.sites[layer.site] for layer in self._at.values()]
-        masks = {site.mask.node for site in sites}
+        masks = {site.mask.padding_node for site in sites if site.mask.padded}
         nodes = list(self.module.graph.nodes)  # type: ignore[union-attr,arg-type]
         self._kept = {node for node in nodes if node.name in masks}
         last = max(i for i, node in enumerate(nodes) if node.name in self._at)

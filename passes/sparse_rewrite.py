@@ -185,9 +185,10 @@ class SparseInterpreter(Replay):
 
     def _order(self, site: Site, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Places of the real tokens first, in order [B, N]; where each token went [B, N]; how many are real [B]."""
-        name = site.mask.node or ""
+        name = site.mask.padding_node
         if name not in self._orders:
-            valid = real_tokens(self.value_of(name)).expand(like.shape[0], -1)
+            said = self.value_of(name)
+            valid = (real_tokens(said) if site.mask.real is None else said != 0).expand(like.shape[0], -1)
             order = valid.to(torch.int32).sort(dim=1, descending=True, stable=True).indices
             self._orders[name] = order, order.argsort(1), valid.sum(1)
         return self._orders[name]

@@ -57,6 +57,21 @@ def test_a_full_budget_is_the_original(name: str, method: str) -> None:
         torch.testing.assert_close(got[real], original(model, inputs)[real], rtol=1e-4, atol=1e-4)
 
 
+def test_no_table_of_all_pairs_is_left() -> None:
+    """Padding is read from the mask [B, N] that the model was given, not from the causal one made of it."""
+    _, dense = captured("llama")
+    _, result = sparse("llama", "a-shape")
+    assert all_pairs(dense)
+    assert not all_pairs(result.graph)
+
+
+def all_pairs(graph: TokenGraph) -> list[str]:
+    """Nodes with two axes of the sequence's length."""
+    length = str(graph.node("input_ids").meta["val"].shape[1])
+    shapes = {node.name: getattr(node.meta.get("val"), "shape", ()) for node in graph.graph.nodes}
+    return [name for name, shape in shapes.items() if [str(size) for size in shape].count(length) > 1]
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 129, 1000])
 def test_lengths_around_a_tile(length: int) -> None:
     for method in METHODS:

@@ -167,3 +167,13 @@ def test_a_graded_bias_tells_padding_and_causality() -> None:
 
     assert facts(read(slopes)) == ("bias", True, True, False, None)
     assert facts(read(later_hidden)) == ("bias", True, True, True, None)
+
+
+def test_the_node_that_says_which_tokens_are_real_is_found() -> None:
+    """Whether it is given or made: the last one, nearest to the mask."""
+    causal = read(lambda ids, mask: (distances(ids) >= 0) & keys(mask))
+    assert causal.real is not None
+    assert causal.real.startswith("to")
+    by_id = read(lambda ids, mask: (distances(ids) >= 0) & (ids != 0)[:, None, None, :])
+    assert by_id.real == "ne"
+    assert read(lambda ids, mask: distances(ids) >= 0).real is None
