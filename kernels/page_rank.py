@@ -103,6 +103,6 @@ PAGE_RANK = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="page_rank",
     )
 )
