@@ -272,6 +272,6 @@ ENERGY_MATCH = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
-        triton=None,
+        triton="energy_match",
     )
 )

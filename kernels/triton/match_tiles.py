@@ -24,6 +24,26 @@ def inverse_norm(squares):
 
 
 @triton.jit
+def cosines(
+    metric, rows, others, inside, present, metric_token,
+    WIDTH: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_A, BLOCK_B] of the tokens at these places; 0 where one has no usable norm."""
+    product = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    squares_a = tl.zeros((BLOCK_A,), tl.float32)
+    squares_b = tl.zeros((BLOCK_B,), tl.float32)
+    for low in range(0, WIDTH, BLOCK_D):
+        column = low + tl.arange(0, BLOCK_D)
+        a = rows_of(metric, rows, inside, metric_token, column, WIDTH, BLOCK_D)
+        b = rows_of(metric, others, present, metric_token, column, WIDTH, BLOCK_D)
+        squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+        squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    scale_a, scale_b = inverse_norm(squares_a)[:, None], inverse_norm(squares_b)[None, :]
+    return tl.where((scale_a > 0) & (scale_b > 0), product * scale_a * scale_b, 0.0)
+
+
+@triton.jit
 def find_partners(
     metric, packing, best, partner, start, count, prefix, metric_token,
     WIDTH: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -40,18 +60,9 @@ def find_partners(
         other = start_b + tl.arange(0, BLOCK_B)
         present = other < count_b
         others = position_of(packing, prefix + 1 - prefix % 2 + 2 * other, present, MASKED)
-        product = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        squares_a = tl.zeros((BLOCK_A,), tl.float32)
-        squares_b = tl.zeros((BLOCK_B,), tl.float32)
-        for low in range(0, WIDTH, BLOCK_D):
-            column = low + tl.arange(0, BLOCK_D)
-            a = rows_of(metric, rows, inside, metric_token, column, WIDTH, BLOCK_D)
-            b = rows_of(metric, others, present, metric_token, column, WIDTH, BLOCK_D)
-            squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
-            squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
-            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
-        scale_a, scale_b = inverse_norm(squares_a)[:, None], inverse_norm(squares_b)[None, :]
-        similarity = tl.where((scale_a > 0) & (scale_b > 0), product * scale_a * scale_b, 0.0)
+        similarity = cosines(
+            metric, rows, others, inside, present, metric_token, WIDTH, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION
+        )
         similarity = tl.where(present[None, :], similarity, float("-inf"))
         highest, where = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
         at = tl.where(highest > top, start_b + where, at)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from selection_oracle import match_row, select_row
+from selection_oracle import energy_row, match_row, select_row
 
 import tamis.kernels  # noqa: F401  (registers the ops)
 from tamis.counts import ALL, HALF, CountRule, at_most, keep_at_least
@@ -54,6 +54,24 @@ def test_match_equals_the_definition(prefix):
         similarity = (unit @ unit.transpose(1, 2)).tolist()
         rows = [match_row(similarity[i], real[i].tolist(), rule.out(tokens), rule) for i in range(3)]
         assert_rows(call("bipartite_match", metric, valid, rule.out(tokens), prefix, rule.flat()), rows)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+def test_energy_equals_the_definition(paper, halves):
+    generator = torch.Generator().manual_seed(5)
+    for case in range(8):
+        prefix = case % 4
+        tokens = int(torch.randint(max(prefix, 1), 48, (1,), generator=generator))
+        rule = CountRule(prefix, ((at_most(case), keep_at_least(0.7))[case % 2], HALF))
+        metric = torch.randn(3, tokens, 8, generator=generator)
+        valid = padding(tokens, generator)
+        real = torch.ones(3, tokens, dtype=torch.bool) if valid is None else valid
+        unit = metric.double() / metric.double().norm(dim=-1, keepdim=True)
+        similarity = (unit @ unit.transpose(1, 2)).tolist()
+        out, rest = rule.out(tokens), (0.2, 0.8, paper, halves)
+        rows = [energy_row(similarity[i], real[i].tolist(), out, rule, *rest) for i in range(3)]
+        assert_rows(call("energy_match", metric, valid, out, prefix, rule.flat(), *rest), rows)
 
 
 @pytest.mark.parametrize("order", ["original", "score"])
@@ -133,6 +151,9 @@ def test_the_block_sizes_of_a_gpu(table, dtype, monkeypatch):
         metric = keys.mean(1)
         exact = OPS["bipartite_match"].reference(metric.double(), *args)
         assert all(torch.equal(a, b) for a, b in zip(call("bipartite_match", metric, *args), exact, strict=True))
+        args = *args, 0.5, 1.0, False, False
+        exact = OPS["energy_match"].reference(metric.double(), *args)
+        assert all(torch.equal(a, b) for a, b in zip(call("energy_match", metric, *args), exact, strict=True))
 
 
 def test_equal_tokens_all_choose_the_first_of_b():
