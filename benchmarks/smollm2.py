@@ -101,9 +101,13 @@ def keep(name: str, found: dict[str, Any]) -> None:
     method, density, length, what = name.split("/")
     words = f"--methods {method} --densities {density} --lengths {length} --what {what}"
     run = facts(f"python benchmarks/smollm2.py {words}", PACKAGES)
-    kept = {**cells(), name: {**found, "run": run}}
-    RESULT.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    RESULT.write_text(lines({**cells(), name: {**found, "run": run}}))
     print(name, json.dumps(found), flush=True)
+
+
+def lines(kept: dict[str, Any]) -> str:
+    """JSON with a line for each cell, by name."""
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept)) + "\n}\n"
 
 
 def main() -> None:
