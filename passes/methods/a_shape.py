@@ -76,21 +76,3 @@ class TriShape(AShape):
     def index(self, heads: Heads) -> AttentionIndex:
         """A-shape with dense last rows."""
         return AttentionIndex(rows=64, sink=self.sink, local=self.local, last=self.last)
-
-
-@register("streaming-llm")
-@dataclass(frozen=True)
-class StreamingLLM(AShape):
-    """The mask under which StreamingLLM generates, over a whole prompt: four sinks and a window.
-
-    The published method evicts the rest from the cache while it generates; over a prompt of its own it is dense.
-    Positions are those of the prompt, not those in the cache.
-
-    Args:
-        sink: first tokens, read by all.
-        local: nearest tokens read, itself among them.
-        layers: layers to use it in; all of them by default.
-    """
-
-    sink: int = 4
-    local: int = 2044

@@ -1,0 +1,117 @@
+"""Methods that read far keys at other positions, in captured decoders, against attention written out pair by pair."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from decoders import DECODERS, Decoder, captured, prompt
+from sparse_oracle import expanded, fixture, recall
+from torch import Tensor
+from two_angles_oracle import TwoPositions, attending
+
+import tamis
+from tamis.capture import capture
+from tamis.errors import NothingChanged
+from tamis.graph import TokenGraph
+from tamis.passes.methods.lm_infinite import LMInfinite
+from tamis.passes.methods.streaming_llm import StreamingLLM
+from tamis.rewrite import Pipeline
+
+SIZES = DECODERS["llama"].options
+ROPE = {"rope_theta": 10000.0}
+PARTLY = {"head_dim": 16, "rope_parameters": {**ROPE, "rope_type": "default", "partial_rotary_factor": 0.5}}
+SCALED = {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}}
+ALL_FULL = {**DECODERS["gemma2"].options, "layer_types": ["full_attention"] * 2}
+MORE = [
+    Decoder("partly rotated", "Phi3Config", {**SIZES, **PARTLY}, 2, 0.25),
+    Decoder("scaled tables", "LlamaConfig", {**SIZES, **SCALED}, 2, 12**-0.5),
+    Decoder("capped", "Gemma2Config", ALL_FULL, 2, 0.25, softcap=4.0),
+]
+NAMES = ["llama", "qwen2", "qwen3", "phi3", *(one.name for one in MORE)]
+
+
+@cache
+def decoder(name: str) -> tuple[Any, TokenGraph]:
+    if name in DECODERS:
+        return captured(name)
+    model = next(one for one in MORE if one.name == name).model()
+    return model, capture(model, kwargs=prompt(2, 12, "left"))
+
+
+def sinks(count: int) -> Any:
+    return lambda q, k, place: (place < count).expand(q.shape[0], len(place), -1)
+
+
+CASES = {
+    "lm-infinite": (LMInfinite(sink=3, local=9), TwoPositions(9, sinks(3), 9, True)),
+    "farther": (LMInfinite(sink=3, local=9, distance=14), TwoPositions(9, sinks(3), 14, True)),
+    "slots": (StreamingLLM(sink=3, local=9, positions="slot"), TwoPositions(9, sinks(3), 11, False)),
+}
+
+
+def answered(program: Any, inputs: dict[str, Tensor], **more: Any) -> Tensor:
+    with torch.no_grad():
+        out = program(**inputs, **more)
+    return (out.logits if hasattr(out, "logits") else out[0])[inputs["attention_mask"].bool()]
+
+
+def original(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return answered(model, inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, [*CASES][i % 3]) for i, name in enumerate(NAMES)])
+def test_decoders_equal_pairs_written_out(name: str, case: str) -> None:
+    model, graph = decoder(name)
+    method, how = CASES[case]
+    program = Pipeline.parse(method).run(graph).graph.program.module()
+    for batch, length in ((2, 33), (3, 24)):
+        inputs = prompt(batch, length, "mixed")
+        with attending(model, how, inputs["attention_mask"]):
+            expected = original(model, inputs)
+        torch.testing.assert_close(answered(program, inputs), expected, rtol=1e-4, atol=1e-4)
+    plain = Pipeline.parse(f"a-shape:sink={method.sink},local={method.local}").run(graph).graph.program.module()
+    assert (answered(plain, inputs) - expected).norm() > 1e-3 * expected.norm(), "positions matter"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_within_the_window_are_dense(case: str) -> None:
+    model, graph = decoder("llama")
+    program = Pipeline.parse(CASES[case][0]).run(graph).graph.program.module()
+    for length in (1, 9):
+        inputs = prompt(3, length, "mixed")
+        torch.testing.assert_close(answered(program, inputs), original(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_add_up_to_one_and_follow_the_mask() -> None:
+    """The card's example, where nothing is rotated: what slots do to positions is in no logit."""
+    heads = fixture()
+    method = StreamingLLM(sink=2, local=4, positions="slot")
+    torch.testing.assert_close(
+        method.attend(heads)[0, 0, 15], torch.tensor([0.3254, 1.0397, 1.7540, -1.6542]).double(), atol=1e-4, rtol=0
+    )
+    assert recall(heads, expanded(method.index(heads), heads))[0, 0, 15].item() == pytest.approx(0.4243, abs=1e-4)
+    ones = replace(heads, values=torch.ones_like(heads.values))
+    for one in (method, LMInfinite(sink=2, local=4)):
+        torch.testing.assert_close(one.attend(ones), torch.ones_like(heads.queries))
+
+
+def test_models_without_rotary_embedding_are_refused() -> None:
+    _, graph = captured("gpt2")
+    for passes in ("lm-infinite", "streaming-llm:positions=slot"):
+        with pytest.raises(NothingChanged, match="no rotary position embedding was found"):
+            Pipeline.parse(passes).run(graph)
+    assert Pipeline.parse("streaming-llm").run(graph).changed
+
+
+def test_exported_files_answer_the_same(tmp_path: Any) -> None:
+    model, _ = decoder("llama")
+    inputs = prompt(2, 20, "left")
+    fast = tamis.compile(model, kwargs=inputs, passes="lm-infinite:sink=3,local=9")
+    fast.export(tmp_path / "sparse.onnx")
+    loaded, other = tamis.load(tmp_path / "sparse.onnx"), prompt(3, 31, "mixed")
+    real = other["attention_mask"].bool()
+    torch.testing.assert_close(loaded(**other)["logits"][real], answered(fast, other), rtol=1e-4, atol=1e-4)

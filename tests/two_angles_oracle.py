@@ -1,0 +1,85 @@
+"""Attention with far keys at other positions, pair by pair, in place of a transformers model's own attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TwoPositions:
+    """What a query at place i and a far key at place j stand at; `far` says which keys a query reads as far ones.
+
+    local       keys nearer than this are read as the model has them
+    far         (queries, keys, places) of one row -> [H, N, N] bool: far keys read; places are 0 .. N - 1
+    reach       a query's position for far keys is that of its own place, but at most this
+    at_origin   far keys stand at position 0, or at their own
+    """
+
+    local: int
+    far: Callable[[Tensor, Tensor, Tensor], Tensor]
+    reach: int
+    at_origin: bool
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """x [H, N, D] with its first channels turned by (cos, sin) [N, R], halves paired."""
+    cos, sin = table
+    turned, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, still], -1)
+
+
+def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """What gives x when rotated."""
+    cos, sin = table
+    length = (cos**2 + sin**2)[:, :1]
+    turned = rotate(x, (cos, -sin))
+    return torch.cat([turned[..., : cos.shape[-1]] / length, turned[..., cos.shape[-1] :]], -1)
+
+
+def row_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor], how: TwoPositions, scale: float, softcap: Any
+) -> Tensor:
+    """[H, N, D] in float64 for one row of real tokens; q and k rotated by `table`, keys repeated for every head."""
+    q, k, v, cos, sin = (x.double() for x in (q, k, v, *table))
+    table = cos, sin
+    place = torch.arange(q.shape[1])
+    moved = place.clamp(max=how.reach)
+    raw = unrotate(q, table), unrotate(k, table)
+    far_q = rotate(raw[0], (cos[moved], sin[moved]))
+    far_k = rotate(raw[1], (cos[place * 0], sin[place * 0])) if how.at_origin else k
+    distance = place.unsqueeze(1) - place
+    logits = torch.where(distance < how.local, q @ k.transpose(1, 2), far_q @ far_k.transpose(1, 2)) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    far = how.far(raw[0], raw[1], place) & (distance >= how.local)
+    return torch.where(((distance >= 0) & (distance < how.local)) | far, logits, -torch.inf).softmax(-1) @ v
+
+
+@contextmanager
+def attending(model: nn.Module, how: TwoPositions, mask: Tensor) -> Iterator[None]:
+    """The model with this attention, for inputs with this mask [B, N] and positions that count real tokens."""
+    from transformers import AttentionInterface
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **rest: Any) -> Any:
+        group = query.shape[1] // key.shape[1]
+        out = torch.zeros_like(query)
+        for b, real in enumerate(mask.bool()):
+            table = model.model.rotary_emb(value, torch.arange(int(real.sum())).unsqueeze(0))
+            rows = query[b, :, real], *(x[b, :, real].repeat_interleave(group, 0) for x in (key, value))
+            cosines = table[0][0], table[1][0]
+            out[b, :, real] = row_attention(*rows, cosines, how, rest["scaling"], rest.get("softcap")).to(out.dtype)
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("two-angles", attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("two-angles")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
