@@ -16,6 +16,8 @@ _PUBLIC = {
     "compile": "runtime.api",
     "load": "runtime.api",
     "attention_recall": "runtime.recall",
+    "calibrate": "runtime.calibrate",
+    "Calibration": "runtime.calibrate",
     "CompiledModel": "runtime.compiled",
     "Recipe": "runtime.recipe",
     "TokenGraph": "graph",
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from .runtime import prompts as prompts
     from .runtime.api import compile as compile
     from .runtime.api import load as load
+    from .runtime.calibrate import Calibration as Calibration
+    from .runtime.calibrate import calibrate as calibrate
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.recall import attention_recall as attention_recall
     from .runtime.recipe import Recipe as Recipe

@@ -101,3 +101,23 @@ class PassesExclude(TamisError):
         "and those that make attention sparse."
     )
     exit_code = 2
+
+
+class TooShortToCalibrate(TamisError):
+    """Prompts of which every pattern reads all."""
+
+    template = (
+        "calibrate: the longest prompt has {tokens} tokens; patterns begin to differ from dense attention at {least}.\n"
+        "  hint: calibrate on prompts as long as those that the model is for."
+    )
+    exit_code = 2
+
+
+class NoPatternFound(TamisError):
+    """Calibration leaves every head dense."""
+
+    template = (
+        "calibrate: no head reads {least} of its attention within {budget} of its cost; the best reads {best}.\n"
+        "  hint: a larger budget, a smaller least (--min-recall), longer prompts, or other patterns."
+    )
+    exit_code = 3

@@ -99,6 +99,7 @@ class Report:
     notes: tuple[str, ...] = ()
     artifacts: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)  # `runtime.calibrate.Calibration` as plain data
 
     @property
     def changed(self) -> bool:

@@ -48,18 +48,22 @@ class Held:
         return (self.read / self.visible).tolist() if self.visible else [1.0] * len(self.read)
 
 
-def held(heads: Heads, indexes: Sequence[AttentionIndex], after: int = 0, every: int = 1) -> list[Held]:
+def held(
+    heads: Heads, indexes: Sequence[AttentionIndex], after: int = 0, every: int = 1, before: int | None = None
+) -> list[Held]:
     """How much of the dense attention of some heads each index reads, over real queries at places `after` and later.
 
     Logits and weights are float32, sums float64.
 
-    every  look at one query of so many, from place `after` on
+    every   look at one query of so many, from place `after` on
+    before  leave out queries at this place and later
     """
     batch, many, tokens = heads.queries.shape[:3]
     sums = torch.zeros(len(indexes), 2, many, dtype=torch.float64)
     queries = visible = 0
     step = max(1, AT_ONCE // (batch * many * tokens))
-    places = torch.arange(min(after, tokens), tokens, every, device=heads.queries.device)
+    end = tokens if before is None else min(before, tokens)
+    places = torch.arange(min(after, end), end, every, device=heads.queries.device)
     for few in places.split(step) if len(places) else ():
         seen = _seen(heads, few)
         weights = _weights(heads, seen, few)

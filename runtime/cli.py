@@ -26,6 +26,7 @@ examples:
   optimize-model timm:vit_small_patch16_224 --pass tome:r=13 -o vit-tome.onnx
   optimize-model hf:./minilm --pass tome:keep_ratio=0.9 --verify data.npz --max-drift 0.05 -o out/
   optimize-model model.onnx --pass tome:keep_ratio=0.9 -o smaller.onnx
+  optimize-model hf:./smollm2 --calibrate prompts.npz --budget 0.25 -o prompt.onnx
   optimize-model model.pt2 --check
   optimize-model --config recipe.yaml
 
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--overwrite", action="store_true", help="replace existing files")
     p.add_argument("--version", action="version", version=f"optimize-model {__version__}")
+    _add_search(p.add_argument_group("a pattern for every head of a decoder"))
     _add_questions(p.add_argument_group("questions, which write nothing"))
     _add_result(p.add_argument_group("the result"))
     _add_proof(p.add_argument_group("proof"))
@@ -85,6 +87,14 @@ def _add_questions(group: Any) -> None:
         "--list-passes", action="store_true", help="all passes, their parameters and where they come from"
     )
     group.add_argument("--show-recipe", metavar="FILE", help="the recipe in an .onnx or .pt2 file, as YAML")
+
+
+def _add_search(group: Any) -> None:
+    group.add_argument(
+        "--calibrate", metavar="DATA", help="find sparse patterns on the prompts in a .npz; passes given are the choice"
+    )
+    group.add_argument("--budget", type=_fraction, metavar="X", help="cost of a head, of dense (default 0.25)")
+    group.add_argument("--min-recall", type=_fraction, metavar="X", help="heads below stay dense (default 0.9)")
 
 
 def _add_result(group: Any) -> None:
@@ -214,7 +224,14 @@ def _check_usage(options: argparse.Namespace) -> None:
         raise WrongUsage(problem="--quiet and --verbose exclude each other", hint="give one of them.")
     if options.allow_other_model and not options.config:
         raise WrongUsage(problem="--allow-other-model without a recipe", hint="name one with --config.")
-    if not (asks or options.check or options.passes or options.config or options.allow_noop):
+    if options.calibrate and options.config:
+        raise WrongUsage(problem="--calibrate and --config exclude each other", hint="a recipe has its patterns.")
+    for name in ("budget", "min_recall"):
+        if getattr(options, name) is not None and not options.calibrate:
+            problem = f"--{name.replace('_', '-')} without --calibrate"
+            raise WrongUsage(problem=problem, hint="--calibrate DATA finds patterns within it.")
+    given = options.passes or options.config or options.calibrate
+    if not (asks or options.check or given or options.allow_noop):
         from ..capture.paths import check_exists
 
         check_exists(options.input)  # a wrong path is the more likely mistake
@@ -242,6 +259,13 @@ def _dashed(argv: list[str]) -> list[str]:
 
     end = argv.index("--") if "--" in argv else len(argv)
     return [*map(dash, argv[:end]), *argv[end:]]
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
 
 
 def _budget(text: str) -> float:

@@ -10,19 +10,23 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DriftTooLarge, NoAttention, NoTokenStream, SlowerThanOriginal, UnknownAttention
 from ..onnx_errors import OpaqueInTheWay
 from ..plugins import load_plugin
 from ..report import Benchmark
-from .api import build, held_to, prepare
+from ..rewrite import Pipeline
+from .api import Prepared, build, held_to, prepare
 from .compiled import CompiledModel
 from .files import copy_companions, stem_of, whole_directory, write_text
 from .inputs import Call
 from .options import Options
 from .progress import Progress
 from .request import FOR_ONNX, Request
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 NOTHING_TO_REDUCE = (NoAttention, UnknownAttention, NoTokenStream, OpaqueInTheWay)
 
@@ -79,12 +83,18 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
     asked = request.options
     options = Options(asked["target"], asked["mode"], asked["restore"], asked["token_map"], asked["allow_noop"])
     recipe = request.recipe
-    pipeline = options.checked(list(request.passes) or None, recipe, request.config)
+    may_be_none = replace(options, allow_noop=options.allow_noop or request.calibrate is not None)
+    pipeline = may_be_none.checked(list(request.passes) or None, recipe, request.config)
     step(f"loading {request.model}")
-    prepared = prepare(request.model, step=step, any_model=not pipeline.passes)
+    prepared = prepare(request.model, step=step, any_model=not (pipeline.passes or request.calibrate))
     prepared = held_to(recipe, request.config, prepared, pipeline, any_model=request.any_model)
+    found = _calibrated(prepared, pipeline, request, step)
+    pipeline = pipeline if found is None else Pipeline(found.passes)
     compiled = build(prepared, pipeline, options, verify=request.verify is None, source=request.model, step=step)
     compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, **_said(asked, FOR_ONNX)})
+    if found is not None:
+        notes = (*compiled.report.notes, found.headline(), *found.lines())
+        compiled.report = compiled.report.with_changes(notes=notes, calibration=found.to_dict())
     if request.verify:
         step(f"comparing with the original on {request.verify}")
         compiled.report = compiled.report.with_changes(drift=_drift(compiled, request.verify))
@@ -99,6 +109,19 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
 def _said(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The options of these names that are on."""
     return {name: True for name in names if options[name]}
+
+
+def _calibrated(prepared: Prepared, pipeline: Pipeline, request: Request, step: Progress) -> Calibration | None:
+    """The patterns found for each head, among the passes given, when that was asked for."""
+    if request.calibrate is None:
+        return None
+    from .calibrate import search
+    from .data import calls_of
+
+    step(f"calibrating on {request.calibrate}")
+    calls = list(calls_of(prepared.graph.program, prepared.call, request.calibrate, rows=1))
+    patterns = pipeline.passes or None
+    return search(prepared.graph, calls, patterns, budget=request.budget, least=request.least, share=None)
 
 
 def _drift(compiled: CompiledModel, path: str) -> Any:

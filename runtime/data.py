@@ -1,4 +1,4 @@
-"""Data for `--verify`: arrays from `.npz` or `.npy` as calls of a model, in batches."""
+"""Data for `--verify` and `--calibrate`: arrays from `.npz` or `.npy` as calls of a model, in batches."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
         raise CorruptModel(path=path, kind="NumPy arrays", reason=str(error).split("\n")[0].rstrip(".")) from error
 
 
-def calls_of(program: ExportedProgram, call: Call, path: str | Path) -> Iterator[Call]:
-    """Calls with the file's rows: 32 at a time, or the example's batch size where the batch is static.
+def calls_of(program: ExportedProgram, call: Call, path: str | Path, rows: int = ROWS_PER_CALL) -> Iterator[Call]:
+    """Calls with the file's rows: `rows` at a time, or the example's batch size where the batch is static.
 
     Numbers are converted to the dtype of the input; the device is the example's.  Inputs that are None in the example
     call need no array.
@@ -53,15 +53,14 @@ def calls_of(program: ExportedProgram, call: Call, path: str | Path) -> Iterator
         arrays = {next(iter(wanted), "input"): arrays[""]}
     _check_names(arrays, wanted, path)
     tensors = {name: _converted(name, arrays[name], example, path) for name, example in wanted.items()}
-    rows = {x.shape[0] for x in tensors.values()}
-    if len(rows) != 1:
-        _refuse(
-            path, "all arrays must have the same number of rows", sorted(rows), "row i of each array is one example."
-        )
-    count = rows.pop()
+    counts = {x.shape[0] for x in tensors.values()}
+    if len(counts) != 1:
+        rule, hint = "all arrays must have the same number of rows", "row i of each array is one example."
+        _refuse(path, rule, sorted(counts), hint)
+    count = counts.pop()
     first = next(n for n in nodes if n.name in wanted)
     static = isinstance(first.meta["val"].shape[0], int)
-    size = leaves[nodes.index(first)].shape[0] if static else ROWS_PER_CALL
+    size = leaves[nodes.index(first)].shape[0] if static else rows
     if count == 0 or (static and count % size):
         _refuse(path, f"rows must come in batches of {size}", count, "the model's batch size is static.")
     for start in range(0, count, size):

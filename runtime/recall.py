@@ -112,14 +112,16 @@ def attention_recall(
 
     A pass that has an attention of its own and no index is left out with the reason.
     """
-    graph, call, own = _captured(model, args, kwargs)
+    graph, call, own = captured_for("attention_recall", model, args, kwargs)
     return recalls(graph, call, [Pipeline.parse(own if passes is None else passes)], after)[0]
 
 
 def recalls(graph: TokenGraph, call: Call, pipelines: Sequence[Pipeline], after: int = 0) -> list[AttentionRecall]:
     """`attention_recall` of several pipelines in one run of a captured model."""
     outcomes: list[list[Outcome]] = [[] for _ in pipelines]
-    placed = [_placed(graph, pipeline, out) for pipeline, out in zip(pipelines, outcomes, strict=True)]
+    placed = [
+        placed_for("attention_recall", graph, pipeline, out) for pipeline, out in zip(pipelines, outcomes, strict=True)
+    ]
     wanted = sorted({layer.index for each in placed for layer, _ in each.values()})
     rows: list[list[LayerRecall]] = [[] for _ in pipelines]
     for layer, heads in LayerHeads(graph, wanted)(graph_inputs(graph.program, call)):
@@ -133,7 +135,7 @@ def recalls(graph: TokenGraph, call: Call, pipelines: Sequence[Pipeline], after:
     ]
 
 
-def _captured(model: Any, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[TokenGraph, Call, Any]:
+def captured_for(what: str, model: Any, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[TokenGraph, Call, Any]:
     """The original, the inputs, and the passes a compiled model was made with."""
     from .api import prepare
     from .compiled import CompiledModel
@@ -141,7 +143,7 @@ def _captured(model: Any, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[
 
     args = args if isinstance(args, tuple | list) else (args,)
     if isinstance(model, CompiledModel):
-        graph = model._original("attention_recall")
+        graph = model._original(what)
         call = Inputs.of(graph.program).bind(tuple(args), kwargs or {}) if args or kwargs else model.example_call
         return graph, call, model.recipe.passes
     if isinstance(model, TokenGraph):
@@ -150,13 +152,12 @@ def _captured(model: Any, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[
     return prepared.graph, prepared.call, ()
 
 
-def _placed(graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> Placed:
+def placed_for(what: str, graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> Placed:
+    """Which passes have which layers, of those with an index; raises BadParameter and NothingChanged."""
     for one in pipeline.passes:
         if not isinstance(one, SparseAttention):
             hint = "only sparse attention leaves tokens where they are."
-            raise BadParameter(
-                where="attention_recall", name="passes", rule="sparse attention", got=repr(str(one)), hint=hint
-            )
+            raise BadParameter(where=what, name="passes", rule="sparse attention", got=repr(str(one)), hint=hint)
     placed = place(graph, [one for one in pipeline.passes if isinstance(one, SparseAttention)], outcomes)
     for site, (layer, parts) in list(placed.items()):
         if odd := next((part for part in parts if not part.method.indexed), None):
@@ -165,7 +166,7 @@ def _placed(graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> P
             outcomes.append(Outcome(str(odd.method), layer.index, site, False, reason))
     if not placed:
         reasons = "\n".join(dict.fromkeys(f"  {one.reason}" for one in outcomes)) or "  no pass was given"
-        raise NothingChanged(passes=str(pipeline) or "attention_recall", reasons=reasons)
+        raise NothingChanged(passes=str(pipeline) or what, reasons=reasons)
     return placed
 
 

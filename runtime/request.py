@@ -32,6 +32,9 @@ class Request:
     plugins: tuple[Path, ...]
     any_model: bool
     check: bool
+    calibrate: str | None
+    budget: float
+    least: float
     overwrite: bool
     verify: str | None
     max_drift: float | None
@@ -61,6 +64,9 @@ class Request:
             plugins=tuple(map(Path, given.plugin or ())),
             any_model=given.allow_other_model,
             check=given.check,
+            calibrate=given.calibrate,
+            budget=0.25 if given.budget is None else given.budget,
+            least=0.9 if given.min_recall is None else given.min_recall,
             overwrite=given.overwrite,
             verify=given.verify,
             max_drift=given.max_drift,
@@ -79,9 +85,10 @@ class Request:
 
         check_plugins(self.plugins)
         check_exists(self.model)
-        if self.verify and not Path(self.verify).is_file():
-            hint = "--verify takes a .npz file with one array per input, or a .npy file."
-            raise ModelNotFound(path=self.verify, hint=hint)
+        for option, data in (("--verify", self.verify), ("--calibrate", self.calibrate)):
+            if data and not Path(data).is_file():
+                hint = f"{option} takes a .npz file with one array per input, or a .npy file."
+                raise ModelNotFound(path=data, hint=hint)
         if not self.check:
             self.output.check(self.overwrite)
             self._check_target()

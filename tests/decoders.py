@@ -94,6 +94,15 @@ def positions(mask: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
+def given_weights(name: str, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Attention of every layer [B, H, N, N] as the model itself returns it, 0 for queries that are padding."""
+    model = DECODERS[name].model("eager")
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        found = model(**inputs, position_ids=positions(mask), output_attentions=True).attentions
+    return [one.double() * mask[:, None, :, None] for one in found]
+
+
 _SIZES = {"hidden_size": 48, "num_attention_heads": 4, "vocab_size": 60, "max_position_embeddings": 128}
 _SIZES = {**_SIZES, "intermediate_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}

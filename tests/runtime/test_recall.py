@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import DECODERS, captured, positions, prompt
+from decoders import DECODERS, captured, given_weights, positions, prompt
 from sparse_oracle import drawn, expanded, fixture, recall, weights
-from torch import Tensor
 
 import tamis
 from tamis.errors import BadParameter, NothingChanged
@@ -20,15 +19,6 @@ from tamis.passes.methods.longformer import Longformer
 from tamis.passes.methods.vertical_slash import VerticalSlash
 from tamis.rewrite import Pipeline
 from tamis.runtime.recall import recalls
-
-
-def given_weights(name: str, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Attention of every layer [B, H, N, N] as the model itself returns it, 0 for queries that are padding."""
-    model = DECODERS[name].model("eager")
-    mask = inputs["attention_mask"]
-    with torch.no_grad():
-        found = model(**inputs, position_ids=positions(mask), output_attentions=True).attentions
-    return [one.double() * mask[:, None, :, None] for one in found]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
