@@ -10,6 +10,7 @@ if __name__ == "tamis.kernels":
     from . import bipartite_match as bipartite_match
     from . import block_sparse_attention as block_sparse_attention
     from . import block_sparse_attention_with_lse as block_sparse_attention_with_lse
+    from . import block_sparse_received as block_sparse_received
     from . import clustered_attention as clustered_attention
     from . import dequantize_linear as dequantize_linear
     from . import dynamic_quantize_linear as dynamic_quantize_linear

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
 from .block_sparse_rows import attend_rows
+from .check_index import asked_for, check_index
 from .gathered_attention import attended, with_dense
 from .onnx_block_sparse import BlockSparseAttention, of_index
 from .onnx_grouped_query import grouped_query
@@ -79,6 +80,8 @@ def reference(
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """The same where a program on a CPU calls the op."""
     index, scale, softcap = Pairs.of(*rest)
+    if asked_for():
+        check_index(index, q.shape[2], q.shape[1], k.shape[1])
     out, _ = attend_rows(q, k, v, index, scale, softcap)
     return with_dense(out, None, q, k, v, index, scale, softcap)[0]
 

@@ -24,6 +24,7 @@ from ..op import OnnxCall, Op, define_op
 from . import block_sparse_attention
 from .block_sparse_attention import INDEX_SCHEMA
 from .block_sparse_rows import attend_rows
+from .check_index import asked_for, check_index
 from .gathered_attention import attended, with_dense
 from .onnx_block_sparse import BlockSparseAttentionWithLse, of_index
 from .precision import compute_dtype
@@ -40,6 +41,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *index: Any) -> tuple[Tensor, Ten
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The same where a program on a CPU calls the op."""
     index, scale, softcap = Pairs.of(*rest)
+    if asked_for():
+        check_index(index, q.shape[2], q.shape[1], k.shape[1])
     out, sums = attend_rows(q, k, v, index, scale, softcap, lse=True)
     out, lse = with_dense(out, sums, q, k, v, index, scale, softcap)
     assert lse is not None

@@ -59,7 +59,7 @@ def received(
     batch, heads, tokens = q.shape[:3]
     dtype = compute_dtype(q)
     lse = torch.where(lse == -torch.inf, torch.inf, lse.to(dtype))
-    shares = torch.ones_like(lse) if weight is None else weight.to(dtype).expand(lse.shape)
+    shares = torch.ones_like(lse) if weight is None else weight.to(dtype).unsqueeze(1).expand(lse.shape)
     places, seen = gathered(index, tokens, heads, k.shape[1], q.device)
     few = None
     if index.first + index.last:

@@ -138,6 +138,36 @@ def BlockSparseAttentionWithLse(
     return SparseMix(logits, v, q), op.Reshape(lse, op.Shape(q, start=0, end=3), allowzero=1)
 
 
+@script(TAMIS, default_opset=op)
+def BlockSparseReceived(
+    q,
+    k,
+    lse,
+    weight,
+    tiles,
+    columns,
+    positions,
+    lengths,
+    rows: int,
+    width: int,
+    sink: int,
+    local: int,
+    first: int,
+    last: int,
+    scale: float,
+    causal: int,
+    softcap: float,
+):
+    logits = SparseLogits(
+        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+    )
+    norm = op.Where(lse == op.Constant(value_float=float("-inf")), op.Constant(value_float=float("inf")), lse)
+    of_rows = op.Concat(op.Shape(logits, start=0, end=4), op.Constant(value_ints=[1]), axis=0)
+    shares = op.Exp(logits - op.Reshape(norm, of_rows, allowzero=1))
+    sums = op.ReduceSum(shares * op.Unsqueeze(op.Cast(weight, to=1), [1, 2, 4]), [3], keepdims=0)
+    return op.Reshape(sums, op.Shape(q, start=0, end=3), allowzero=1)
+
+
 def of_index(
     function: Any,
     tensors: list[Any],

@@ -26,6 +26,7 @@ CALLED = frozenset(
         "bipartite_match",
         "block_sparse_attention",
         "block_sparse_attention_with_lse",
+        "block_sparse_received",
         "join_nearest",
         "merge_tokens",
         "order_slots",

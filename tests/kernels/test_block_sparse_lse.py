@@ -74,3 +74,19 @@ def test_an_empty_part_leaves_the_other_as_it_is() -> None:
     nothing, sums = merged(none, empty, none, empty)
     assert torch.equal(nothing, none)
     assert torch.equal(sums, empty)
+
+
+@every_case
+def test_what_keys_receive_adds_up_to_the_weights(seed: int) -> None:
+    case = drawn_case(seed)
+    weight = torch.rand(case.q.shape[0], case.q.shape[2], generator=torch.Generator().manual_seed(seed))
+    _, lse = with_lse("called")(*case.args)
+    got = torch.ops.tamis.block_sparse_received(case.q, case.k, lse, weight, *case.args[3:])
+    logits = logits_of(case)
+    shares = logits.softmax(-1).nan_to_num(0.0) * weight[:, None, :, None]
+    torch.testing.assert_close(got.double(), shares.sum(2), rtol=1e-4, atol=1e-5)
+    read = (logits > -torch.inf).any(-1)
+    total = torch.where(read, weight.unsqueeze(1).double(), 0.0).sum(-1)
+    torch.testing.assert_close(got.double().sum(-1), total, rtol=1e-5, atol=1e-5)
+    alone = torch.ops.tamis.block_sparse_received(case.q, case.k, lse, None, *case.args[3:])
+    torch.testing.assert_close(alone.double(), logits.softmax(-1).nan_to_num(0.0).sum(2), rtol=1e-4, atol=1e-5)
