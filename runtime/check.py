@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import TamisError
 from ..graph import Layer, Site, TokenGraph
 from ..parameters import explained
+from ..passes.sparse import SparseAttention
 from ..registry import origin_of, registered_passes
 from ..rewrite import Outcome, Pass, Pipeline
 from .inputs import Call, describe
@@ -42,20 +43,25 @@ def _parameters(cls: type[Pass]) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in counts}
 
 
-def check_model(graph: TokenGraph, call: Call, step: Step = lambda text: None) -> dict[str, Any]:
+def check_model(
+    graph: TokenGraph, call: Call, step: Step = lambda text: None, passes: Sequence[Pass] = ()
+) -> dict[str, Any]:
     """Sites, stream, and for every registered pass where it would apply and where not and why.  Writes nothing.
 
     A pass is tried with its default parameters, or r=1, or keep_ratio=0.9, whichever it accepts first.  Its `places`
     say of every attention site of the model what the pass would do there.  Its `near_misses` are softmaxes that look
     like attention that is none of its sites, with what was not as it should be.
+
+    passes  those to try instead, each by itself and as it is
     """
     from ..capture.analysis import near_misses
 
     layer_of = {layer.site: layer for layer in graph.layers}
+    tried = [(one.name, one) for one in passes] or [(n, _with_defaults(cls)) for n, cls in registered_passes().items()]
     checked = []
-    for name, cls in registered_passes().items():
+    for name, one in tried:
         step(f"trying {name}")
-        checked.append(_try(name, cls, graph))
+        checked.append(_try(name, one, graph))
     return {
         "name": graph.name,
         "source_hash": graph.source_hash,
@@ -129,9 +135,8 @@ def _answer(name: str) -> dict[str, Any]:
     return {"name": name, "applies": False, "tried": "", "layers": "", "reason": "", "places": []}
 
 
-def _try(name: str, cls: type[Pass], graph: TokenGraph) -> dict[str, Any]:
+def _try(name: str, one: Pass | None, graph: TokenGraph) -> dict[str, Any]:
     answer = _answer(name)
-    one = _with_defaults(cls)
     if one is None:
         reason = "it has parameters without a default; name them with --pass"
         return {**answer, "reason": reason, "places": _places(graph, (), reason)}
@@ -156,11 +161,41 @@ def _run(one: Pass, graph: TokenGraph) -> tuple[str, tuple[Outcome, ...]]:
     if reason:
         return _one_line(reason), ()
     try:
-        return "", Pipeline((one,)).run(graph, allow_noop=True).outcomes
+        return "", _outcomes(one, graph)
     except TamisError as error:
         return _one_line(str(error)), ()
     except Exception as error:  # one broken pass (a plug-in's, say) must not hide the answers for the others
         return f"it failed: {type(error).__name__}: {_one_line(str(error))}", ()
+
+
+def _outcomes(one: Pass, graph: TokenGraph) -> tuple[Outcome, ...]:
+    """What a pass does everywhere; sparse attention changes no shape, so the first of layers alike answers for all."""
+    if not isinstance(one, SparseAttention) or isinstance(one.heads, dict):
+        return Pipeline((one,)).run(graph, allow_noop=True).outcomes
+    alike: dict[str, list[Layer]] = {}
+    for index in one.selected(len(graph.layers)):
+        alike.setdefault(_kind(graph, graph.layers[index]), []).append(graph.layers[index])
+    firsts: dict[int | None, list[Layer]] = {layers[0].index: layers for layers in alike.values()}
+    tried = Pipeline((dataclasses.replace(one, layers=tuple(firsts)),)).run(graph, allow_noop=True).outcomes
+    return tuple(
+        dataclasses.replace(outcome, pass_name=str(one), layer=layer.index, site=graph.sites[layer.site].node)
+        for outcome in tried
+        for layer in firsts.get(outcome.layer, [])
+    )
+
+
+def _kind(graph: TokenGraph, layer: Layer) -> str:
+    """All that a method may know of a layer's attention, but for what it is called and where it stands."""
+    site = graph.sites[layer.site]
+    mask = dataclasses.replace(site.mask, node=None)
+    turns = [
+        None if turn is None else (turn.axes, [axes for _, *axes in turn.tables])
+        for turn in (site.q_rotation, site.k_rotation)
+    ]
+    names = {"index": 0, "node": "", "q": "", "k": "", "v": "", "module": "", "source": ""}
+    plain = dataclasses.replace(site, mask=mask, q_rotation=None, k_rotation=None, **names)
+    shapes = [str(graph.node(name).meta["val"].shape) for name in (site.q, site.k, site.v)]
+    return str((plain, turns, shapes))
 
 
 def _places(graph: TokenGraph, outcomes: Sequence[Outcome], otherwise: str) -> list[dict[str, Any]]:

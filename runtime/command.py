@@ -71,12 +71,13 @@ def run(request: Request) -> int:
 def _check(request: Request, step: Progress) -> dict[str, Any]:
     from .check import check_model, refused_model
 
+    passes = Pipeline.parse(request.passes).passes
     step(f"loading {request.model}")
     try:
         prepared = prepare(request.model, step=step)
     except NOTHING_TO_REDUCE as error:  # an answer to the question, not a failure
         return refused_model(stem_of(request.model), error)
-    return check_model(prepared.graph, prepared.call, step)
+    return check_model(prepared.graph, prepared.call, step, passes)
 
 
 def _optimize(request: Request, step: Progress) -> CompiledModel:

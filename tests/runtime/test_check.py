@@ -14,9 +14,10 @@ from zoo import FAMILIES
 from tamis import registry
 from tamis.capture import capture
 from tamis.graph import Mask, Rotation, TokenGraph
-from tamis.passes import EViT
+from tamis.passes import BigBird, EViT, ToMe
 from tamis.registry import registered_passes
-from tamis.runtime import cli
+from tamis.rewrite import Pipeline
+from tamis.runtime import check, cli
 from tamis.runtime.check import check_model
 from tamis.runtime.render import print_check
 
@@ -63,6 +64,26 @@ def test_every_pass_answers_for_every_site(graph: TokenGraph) -> None:
     assert {place["reason"] for place in passes["evit"]["places"][:4]} == {
         "it scores tokens by the class token's attention, and this model has no class token"
     }
+
+
+def test_passes_that_were_asked_for_are_tried_alone_and_as_they_are(
+    graph: TokenGraph, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = check_model(graph, FAMILIES["siglip"].inputs(2), passes=[ToMe(r=2, layers=[1])])
+    assert [(one["name"], one["tried"], one["layers"]) for one in found["passes"]] == [
+        ("tome", "tome:r=2,layers=[1]", "1")
+    ]
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NETS)
+    assert cli.main(["net.py:cnn", "--check", "-q", "--pass", "tome:q=2"]) == 2
+    assert "no parameter 'q'" in capsys.readouterr().err
+
+
+def test_layers_alike_are_answered_by_the_first_of_them_as_all_would_be(graph: TokenGraph) -> None:
+    one = BigBird(layers=[1, 2, 3])
+    plain = Pipeline((one,)).run(graph, allow_noop=True).outcomes
+    assert check._outcomes(one, graph) == plain
+    assert len(plain) == 3
 
 
 def test_layers_that_a_pass_does_not_choose(graph: TokenGraph, monkeypatch: pytest.MonkeyPatch) -> None:
