@@ -22,8 +22,10 @@ COLUMNS, INCHES, DOTS = 4, 2.4, 110
 DIMMED = 0.82  # of a dropped patch is paper
 TINTED = 0.75  # of a merged patch is the mean colour of its group
 INSET = 0.06  # of a patch, between its edge and its outline
-KEY = "Pale: dropped.   Outlined in one colour: one token, side by side or apart.   As it was: a token of its own."
-GOLDEN = 0.618034  # turns of the colour circle from one group to the next: neighbours differ most
+DROPPED, MERGED = "Pale: dropped.", "Outlined: merged; patches near each other in one colour are one token."
+KEPT = "As it was: a token of its own."
+HUES = 0.2, 0.4  # turns of the colour circle to the group led by the patch below, and by that beside
+VALUES = 0.95, 0.55  # so that of groups whose first patches are at most two apart, hue or brightness differs clearly
 
 
 def draw(model: CompiledModel, path: Path, call: Call, row: int, *, overwrite: bool) -> None:
@@ -40,7 +42,9 @@ def draw(model: CompiledModel, path: Path, call: Call, row: int, *, overwrite: b
     titles = [f"{grid[0] * grid[1]} patches of {image.shape[0] // grid[0]} x {image.shape[1] // grid[1]} pixels"]
     titles += map(_title, stages)
     with whole(path, overwrite) as temporary:
-        page = _page(figure, panels, titles, model.report.headline())
+        page = _page(
+            figure, panels, titles, model.report.headline(), _key([_patches(model, one, row) for one in stages])
+        )
         page.savefig(temporary, format="png", dpi=DOTS, metadata={"Software": None})
 
 
@@ -127,8 +131,6 @@ def _outlines(slots: list[int], grid: tuple[int, int], first: dict[int, int]) ->
     A line lies a little inside of its patch, so that both groups at an edge show theirs.  The colour goes by the first
     patch of a group, `first`, so that a group keeps it from panel to panel.
     """
-    from colorsys import hsv_to_rgb
-
     lines, colours = [], []
     for place, slot in enumerate(slots):
         if slot not in first:
@@ -147,11 +149,25 @@ def _outlines(slots: list[int], grid: tuple[int, int], first: dict[int, int]) ->
         edges += [] if left else [((x[0], y[0]), (x[0], y[1]))]
         edges += [] if right else [((x[1], y[0]), (x[1], y[1]))]
         lines += edges
-        colours += [hsv_to_rgb(first[slot] * GOLDEN % 1, 0.9, 0.9)] * len(edges)
+        colours += [_colour(*divmod(first[slot], grid[1]))] * len(edges)
     return lines, colours
 
 
-def _page(figure: Any, panels: list[dict[str, Any]], titles: list[str], headline: str) -> Any:
+def _colour(row: int, column: int) -> tuple[float, float, float]:
+    """Of the group whose first patch is there: ten colours, which repeat five patches on."""
+    from colorsys import hsv_to_rgb
+
+    return hsv_to_rgb((row * HUES[0] + column * HUES[1]) % 1, 0.9, VALUES[(row + column) % 2])
+
+
+def _key(panels: list[list[int]]) -> str:
+    """What the picture's marks mean, those that it has, from the slots of the patches in each panel."""
+    dropped = any(-1 in slots for slots in panels)
+    merged = any(len(set(kept)) < len(kept) for slots in panels for kept in [[slot for slot in slots if slot >= 0]])
+    return "   ".join([DROPPED] * dropped + [MERGED] * merged + [KEPT])
+
+
+def _page(figure: Any, panels: list[dict[str, Any]], titles: list[str], headline: str, key: str) -> Any:
     from matplotlib.collections import LineCollection
 
     rows_of, columns_of = panels[0]["picture"].shape[:2]
@@ -161,7 +177,7 @@ def _page(figure: Any, panels: list[dict[str, Any]], titles: list[str], headline
     page = figure(figsize=(columns * INCHES, rows * height + 0.5))
     page.set_layout_engine("constrained", h_pad=0.02, w_pad=0.02, hspace=0.01, wspace=0.01)
     page.suptitle(headline, fontsize=9)
-    page.supxlabel(KEY, fontsize=8)
+    page.supxlabel(key, fontsize=8)
     for axis in (axes := list(page.subplots(rows, columns, squeeze=False).flat)):
         axis.set_axis_off()
     for axis, panel, title in zip(axes, panels, titles, strict=False):

@@ -74,6 +74,17 @@ def test_a_group_keeps_its_colour_when_slots_are_numbered_anew() -> None:
     assert len(set(before)) == 2
 
 
+def test_groups_near_each_other_have_colours_that_differ_and_the_key_names_the_marks_there_are() -> None:
+    steps = [(r, c) for r in range(3) for c in range(-2, 3) if (r, c) > (0, 0)]
+    for row, column in ((4, 4), (5, 7), (13, 2)):
+        mine = draw._colour(row, column)
+        for r, c in steps:
+            assert sum((a - b) ** 2 for a, b in zip(mine, draw._colour(row + r, column + c), strict=True)) ** 0.5 > 0.3
+    assert draw._key([[0, 1, 2]]) == draw.KEPT
+    assert draw._key([[0, -1, 1], [0, -1, -1]]) == f"{draw.DROPPED}   {draw.KEPT}"
+    assert draw._key([[0, 1, 1]]) == f"{draw.MERGED}   {draw.KEPT}"
+
+
 def test_a_file_is_written_once_and_a_loaded_program_draws_the_same(tmp_path: Path) -> None:
     images = FAMILY.inputs(3)[0]
     path = compiled().draw(tmp_path / "a.png", *images, row=2)
