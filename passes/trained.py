@@ -24,7 +24,9 @@ def with_trained(
     Raises:
         WeightsMismatch: a method's tensors are not those it needs at its layers of this model.
     """
-    trained = {id(one): (node, one) for node, one in placed if isinstance(one, TrainedPass) and one.weights}
+    trained: dict[int, tuple[str, Any]] = {
+        id(one): (node, one) for node, one in placed if isinstance(one, TrainedPass) and one.weights
+    }
     found: dict[int, dict[str, str]] = {}
     stems: dict[tuple[str, str], tuple[str, dict[str, str]]] = {}  # methods that differ in parameters share tensors
     for method_id, (node, method) in trained.items():

@@ -112,12 +112,10 @@ class Routing(TrainedPass, SparseAttention):
         clusters, tokens = centroids.shape[2], heads.tokens
         scores = centroids @ x.transpose(2, 3)
         real = is_real(heads)[:, None, None, :]
-        share, room = self.window, self.window
-        if self.window is None:
-            ends = tokens if heads.lengths is None else heads.lengths.reshape(-1, 1, 1, 1)
-            share, room = ((count + clusters - 1) // clusters for count in (ends, tokens))
+        ends = tokens if heads.lengths is None else heads.lengths.reshape(-1, 1, 1, 1)
+        share, room = ((n + clusters - 1) // clusters if self.window is None else self.window for n in (ends, tokens))
         chosen = (ranks(torch.where(real, scores, -torch.inf)) < share) & real
-        return best(scores, room, chosen, torch.zeros_like(chosen))  # type: ignore[arg-type]
+        return best(scores, room, chosen, torch.zeros_like(chosen))
 
 
 def _fitted(keys: Tensor, heads: Heads, clusters: int, rounds: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Routing: centroids from a file, some heads routed and others local, the same in ONNX; the op by its definition."""
+"""Routing: centroids from a file, some heads routed, others local; the op by its definition; ONNX files of its kin."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from torch import Tensor
 import tamis
 from tamis.attention_index import Heads
 from tamis.passes.methods.a_shape import AShape
+from tamis.passes.methods.combiner import CCA, Combiner
+from tamis.passes.methods.dilated import Dilated
+from tamis.passes.methods.landmark import Landmark
 from tamis.passes.methods.routing import Routing
 from tamis.rewrite import Pipeline
 from tamis.weight_errors import WeightsMismatch
@@ -56,11 +59,21 @@ def test_half_the_heads_by_centroids_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(result.graph.program.module(), inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_exported_files_route_the_same(tmp_path: Path) -> None:
-    """One layer by fitted centroids, one by a file's, at another length and with padding."""
-    weights = file(tmp_path, centroids(4))
+FEW = [CCA(span=4, local=6, layers=[0]), Routing(window=9, layers=[1], weights=centroids(4))]
+ALL = [
+    Combiner(span=4, heads={0: [0, 1]}),
+    Dilated(local=4, sink=2, first=1, heads={0: [2]}),
+    Routing(clusters=3, heads={0: [3]}),
+    CCA(span=4, local=6, heads={1: [0, 1]}),
+    Landmark(mem_freq=4, top_k=2, heads={1: [2]}),
+    Routing(window=9, heads={1: [3]}, weights=centroids(1)),
+]
+
+
+@pytest.mark.parametrize("passes", [FEW, pytest.param(ALL, marks=pytest.mark.full)], ids=["few", "all"])
+def test_exported_files_give_the_same(passes: list[Any], tmp_path: Path) -> None:
+    """Methods without an index, at another length and with padding."""
     model, _ = captured("llama")
-    passes = f"routing:clusters=3,layers=[0] + routing:window=9,layers=[1],weights={weights}"
     fast = tamis.compile(model, kwargs=prompt(2, 40, "left"), passes=passes)
     fast.export(tmp_path / "routed.onnx")
     loaded = tamis.load(tmp_path / "routed.onnx")
