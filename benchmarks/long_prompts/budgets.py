@@ -19,7 +19,7 @@ from tamis.registry import origin_of, registered_passes
 from .watch import looked_at, mean_density
 
 CONTROL = "random-tiles"
-UNSURE = ("flex-prefill", "sparge", "vertical-slash", "x-attention")  # how much they read follows from their input
+UNSURE = ("flex-prefill", "pbs", "sparge", "vertical-slash", "x-attention")  # what they read follows from their input
 NEAR = 0.1  # of the wanted density, by which a run may miss it
 STEPS = 9  # halvings of the knob's range: the density is then as near as tiles allow
 Knob = Callable[[float, int], dict[str, Any]]
@@ -79,6 +79,7 @@ KNOBS: dict[str, Knob] = {
     "bigbird": lambda x, tokens: {"block": tile(tokens), "random": round(64 * x)},
     "vertical-slash": _slashes,
     "hip": _halved,
+    "pbs": _capped("threshold", 0.9, segment=2),
     "x-attention": _capped("threshold", 0.9, stride=1 / 8),
     "flex-prefill": _capped("gamma", 0.9, min_budget=4),
     "sparge": _best_alike,
