@@ -1,4 +1,4 @@
-"""block_sparse_attention as ONNX Runtime's own GroupQueryAttention: the same numbers, in less time on its CPU.
+"""Sparse and causal attention as ONNX Runtime's own GroupQueryAttention: the same numbers, in less time on its CPU.
 
 That operator knows causality, a window, a soft cap, heads that share a key head, and numbers added to the logits.  An
 index that is a window alone is written as one; any other becomes what is added, which costs what dense attention costs.
@@ -12,10 +12,13 @@ Source: methods (llm) 6.6, the third rung of the ladder.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from onnxscript import script
 from onnxscript.values import Opset
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..op import CONTRIB, OnnxCall
 from .onnx_block_sparse import ListedKeys
@@ -54,7 +57,7 @@ def OfHeads(x, q):
 
 
 @script(TAMIS, default_opset=op)
-def WindowAttention(q, k, v, lengths, heads: int, key_heads: int, window: int, scale: float, softcap: float):
+def CausalAttention(q, k, v, lengths, heads: int, key_heads: int, window: int, scale: float, softcap: float):
     tokens = op.Shape(q, start=2, end=3)
     total = op.Cast(tokens, to=6)
     # padding comes last, where no real query sees it, so every row may be as long as the longest
@@ -99,6 +102,15 @@ def AddedAttention(q, k, v, added, reading, heads: int, key_heads: int, scale: f
         softcap=softcap,
     )
     return HeadsFirst(out, q, reading)
+
+
+@script(TAMIS, default_opset=op)
+def MaskedAttention(q, k, v, mask, heads: int, key_heads: int, scale: float, softcap: float, hidden: float):
+    added = op.Where(mask, op.Constant(value_float=0.0), op.Expand(hidden, [1]))
+    reading = op.ReduceMax(added, op.Constant(value_ints=[-1])) >= 0.0
+    return AddedAttention(
+        q, k, v, added, reading, heads=heads, key_heads=key_heads, scale=scale, causal=0, softcap=softcap
+    )
 
 
 @script(TAMIS, default_opset=op)
@@ -210,18 +222,61 @@ def grouped_query(
     reason = why_not(q, v, scale) if positions is None else "its keys lie in another order, and causality goes by place"
     if reason:
         return reason
-    sizes = {"heads": int(q.shape[1]), "key_heads": int(k.shape[1]), "scale": scale, "softcap": softcap or 0.0}
+    sizes = _sizes(q, k, scale, softcap)
     ends = [-1] if lengths is None else lengths
     if causal and local and tiles is None and columns is None and not (sink or first or last):
-        return OnnxCall(WindowAttention, [q, k, v, ends], {**sizes, "window": local})
+        return OnnxCall(CausalAttention, [q, k, v, ends], {**sizes, "window": local})
     none = q.new_full((1, 1, 1, 1), -1, dtype=torch.int32)
     given = [q, k, v, *(none if x is None else x for x in (tiles, columns)), ends]
-    hidden = torch.finfo(q.dtype).min / 2  # a logit added to it stays finite
-    sizes |= {"rows": rows, "width": width, "causal": int(causal), "hidden": hidden}
+    sizes |= {"rows": rows, "width": width, "causal": int(causal), "hidden": _hidden(q)}
     near = {"sink": sink, "local": local, "first": first, "last": last}
     if any(near.values()):
         return OnnxCall(ListedAndNearAttention, given, {**sizes, **near})
     return OnnxCall(ListedAttention, given, sizes)
+
+
+def dense_grouped_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> OnnxCall | str:
+    """The same for torch's scaled_dot_product_attention over tokens that see earlier ones, or a mask of N x N."""
+    if q.dim() != 4:
+        return "its heads are no axis of their own"
+    scale = float(q.shape[3]) ** -0.5 if scale is None else scale
+    square = statically_known_true(q.shape[2] == k.shape[2])
+    if mask is None and not (causal and square):
+        return "it is no causal attention over one sequence"
+    if mask is not None and not (square and _is_square(mask, q)):
+        return "what it adds to its logits is no mask of tokens by tokens"
+    reason = why_not(q, v, scale)
+    if reason or dropout:
+        return reason or "it drops values at random"
+    sizes = _sizes(q, k, scale, None)
+    if mask is None:
+        return OnnxCall(CausalAttention, [q, k, v, [-1]], {**sizes, "window": -1})
+    return OnnxCall(MaskedAttention, [q, k, v, mask], {**sizes, "hidden": _hidden(q)})
+
+
+def _is_square(mask: Tensor, q: Tensor) -> bool:
+    """Whether it says of every query and every key, [1 or B, 1 or H, N, N], whether the one sees the other."""
+    sizes = (mask.shape[-2] == q.shape[2], mask.shape[-1] == q.shape[2])
+    return mask.dtype == torch.bool and mask.dim() == 4 and all(map(statically_known_true, sizes))
+
+
+def _sizes(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> dict[str, Any]:
+    return {"heads": int(q.shape[1]), "key_heads": int(k.shape[1]), "scale": scale, "softcap": softcap or 0.0}
+
+
+def _hidden(q: Tensor) -> float:
+    """What is added for keys that a query does not read: a logit more stays finite."""
+    return torch.finfo(q.dtype).min / 2
 
 
 def why_not(q: Tensor, v: Tensor, scale: float) -> str:

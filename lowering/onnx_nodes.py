@@ -27,7 +27,8 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ..capture.program import copied, rebuild
 from ..errors import ExportFailed
-from ..op import CONTRIB, NAMESPACE, OPS, OnnxCall, Op
+from ..op import CONTRIB, NAMESPACE, OPS, OnnxCall
+from .onnx_contrib import attention_like, contrib_forms, own_form
 from .onnx_rows import guard_rows
 from .splice import Splicer, fake_mode_of, op_of
 
@@ -55,9 +56,10 @@ class Calls:
 def symbolic_program(program: ExportedProgram, contrib: bool = False) -> tuple[ExportedProgram, Calls]:
     """The program with symbolic ONNX nodes for its tamis ops, and what those call.
 
-    contrib  ops that have a form on ONNX Runtime's own operators get it
+    contrib  nodes that have a form on ONNX Runtime's own operators get it
     """
     calls = Calls()
+    own = {form.node.name for form in contrib_forms(program) if form.function} if contrib else set()
     module = copied(program)
     guard_rows(program, module.graph)
     splicer = Splicer(fake_mode_of(module.graph))
@@ -66,23 +68,24 @@ def symbolic_program(program: ExportedProgram, contrib: bool = False) -> tuple[E
         if op is not None and op.parts is not None:
             splicer.splice(node, op.parts)
     for node in list(module.graph.nodes):
-        op = op_of(node)
-        if op is not None and op.name != "token_count":
-            splicer.splice(node, _caller(op, calls, contrib))
+        op, form = op_of(node), own_form(node)
+        if node.name in own and form is not None:
+            splicer.splice(node, _caller(form, attention_like, calls))
+        elif op is not None and op.name != "token_count":
+            assert op.onnx is not None
+            splicer.splice(node, _caller(op.onnx, op.fake, calls, op.reference))
     module.graph.eliminate_dead_code()
     module.recompile()
     return rebuild(program, module), calls
 
 
-def _caller(op: Op, calls: Calls, contrib: bool) -> Callable[..., Any]:
-    standard_form = op.onnx
-    assert standard_form is not None
-
+def _caller(
+    form: Callable[..., Any], fake: Callable[..., Any], calls: Calls, reference: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        own = op.contrib(*args, **kwargs) if contrib and op.contrib else None
-        made = own if isinstance(own, OnnxCall) else standard_form(*args, **kwargs)
+        made = form(*args, **kwargs)
         calls.add(made)
-        several, dtypes, shapes = _results(op, args, kwargs)
+        several, dtypes, shapes = _results(fake, reference, args, kwargs)
         outputs = torch.onnx.ops.symbolic_multi_out(
             f"{made.domain}::{made.name}",
             [_as_tensor(value) for value in made.inputs],
@@ -96,7 +99,9 @@ def _caller(op: Op, calls: Calls, contrib: bool) -> Callable[..., Any]:
     return call
 
 
-def _results(op: Op, args: Any, kwargs: Any) -> tuple[bool, list[torch.dtype], list[list[Any]]]:
+def _results(
+    fake: Callable[..., Any], reference: Callable[..., Any] | None, args: Any, kwargs: Any
+) -> tuple[bool, list[torch.dtype], list[list[Any]]]:
     """Whether the op has several results, and their dtypes and shapes in terms of its arguments' sizes.
 
     Called while tracing.  The op's shape rule may answer with new symbols, which mean nothing outside of the call; the
@@ -104,9 +109,9 @@ def _results(op: Op, args: Any, kwargs: Any) -> tuple[bool, list[torch.dtype], l
     """
     known = _known_sizes(args, kwargs)
     with disable_proxy_modes_tracing():
-        results = op.fake(*args, **kwargs)
-        if not all(one in known or one.free_symbols <= known.keys() for one in _expressions(results)):
-            results = op.reference(*args, **kwargs)
+        results = fake(*args, **kwargs)
+        if reference and not all(one in known or one.free_symbols <= known.keys() for one in _expressions(results)):
+            results = reference(*args, **kwargs)
     several = isinstance(results, list | tuple)
     tensors = results if several else [results]
     return several, [one.dtype for one in tensors], [[_traced(size, known) for size in one.shape] for one in tensors]

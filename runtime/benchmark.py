@@ -63,7 +63,13 @@ def benchmark(
 
 
 def benchmark_onnx(
-    original: ExportedProgram, path: str | os.PathLike[str], inputs: Sequence[Any], *, repeats: int = 7, shapes: str
+    original: ExportedProgram,
+    path: str | os.PathLike[str],
+    inputs: Sequence[Any],
+    *,
+    contrib: bool = False,
+    repeats: int = 7,
+    shapes: str,
 ) -> Benchmark:
     """Time an ONNX file against the original exported alike, both in ONNX Runtime on the CPU with torch's threads.
 
@@ -71,6 +77,7 @@ def benchmark_onnx(
         original: the captured program before any rewrite; its file is written to a temporary directory.
         path: the result's file.
         inputs: the flat inputs of one call.
+        contrib: the file has ONNX Runtime's own operators, so the original's gets them too.
         repeats, shapes: as for `benchmark`.
     """
     from ..lowering.onnx import export_onnx
@@ -78,7 +85,7 @@ def benchmark_onnx(
 
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        dense = export_onnx(original, os.path.join(folder, "original.onnx"))
+        dense = export_onnx(original, os.path.join(folder, "original.onnx"), contrib=contrib)
         before, after = (open_session(file, str(file), threads=threads) for file in (dense, path))
     given = feeds(after, inputs)
     return benchmark(

@@ -106,7 +106,7 @@ def _add_result(group: Any) -> None:
         "--ort-contrib",
         action="store_true",
         default=None,
-        help="ONNX with operators of ONNX Runtime's own for sparse attention: faster there, and runs nowhere else",
+        help="ONNX with ONNX Runtime's own operators for causal and sparse attention: faster, runs nowhere else",
     )
     group.add_argument(
         "--native", action="store_true", help="a .pt2 of native code (AOTInductor), which runs without tamis"

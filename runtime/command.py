@@ -195,7 +195,7 @@ def _export(compiled: CompiledModel, path: Path, request: Request, step: Progres
     _note_artifact(compiled, {"path": str(request.output.path), "kind": request.output.kind, "checked": checked})
     if request.bench:
         step("timing the ONNX file against the original's")
-        _note_benchmark(compiled, compiled.benchmark_onnx(path))
+        _note_benchmark(compiled, compiled.benchmark_onnx(path, **_said(request.options, ["ort_contrib"])))
 
 
 def _note_benchmark(compiled: CompiledModel, benchmark: Benchmark) -> None:

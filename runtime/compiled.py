@@ -147,7 +147,9 @@ class CompiledModel(nn.Module):
                 mode=self.mode or "eager",
             )
 
-    def benchmark_onnx(self, path: str | os.PathLike[str], *args: Any, repeats: int = 7, **kwargs: Any) -> Benchmark:
+    def benchmark_onnx(
+        self, path: str | os.PathLike[str], *args: Any, repeats: int = 7, ort_contrib: bool = False, **kwargs: Any
+    ) -> Benchmark:
         """Time the ONNX file that `export` wrote against the original exported alike, both in ONNX Runtime on the CPU.
 
         Exporting the original takes as long as exporting the result did.
@@ -160,7 +162,8 @@ class CompiledModel(nn.Module):
         original = self._original("benchmark")
         call = self._call(args, kwargs)
         leaves = pytree.tree_leaves(call)
-        return benchmark_onnx(original.program, path, leaves, repeats=repeats, shapes=_shapes(original, call))
+        options = {"repeats": repeats, "shapes": _shapes(original, call), "contrib": ort_contrib}
+        return benchmark_onnx(original.program, path, leaves, **options)
 
     def export(
         self,
@@ -173,8 +176,8 @@ class CompiledModel(nn.Module):
     ) -> str:
         """Write an ONNX file; weights over 2 GB go to `path.data` beside it.  Returns the path.
 
-        With ort_contrib, sparse attention calls ONNX Runtime's own operators where they compute the same, which is
-        faster there and runs nowhere else; the report notes at which layers it does, or why not.
+        With ort_contrib, causal and sparse attention call ONNX Runtime's own operators where they compute the same:
+        faster there, and no other runtime knows the file.  The report notes at which layers they do, or why not.
 
         With check, ONNX Runtime must agree with torch at another batch size and another length than the example's;
         otherwise nothing is kept.
@@ -185,8 +188,8 @@ class CompiledModel(nn.Module):
         from .package import export_checked
 
         _check_suffix(path, ".onnx")
-        options = {"inline": inline, "ort_contrib": ort_contrib, "overwrite": overwrite, "check": check}
-        return export_checked(self, os.fspath(path), **options)
+        options = {"inline": inline, "ort_contrib": ort_contrib, "overwrite": overwrite}
+        return export_checked(self, os.fspath(path), check=check, **options)
 
     def save(self, path: str | os.PathLike[str], *, native: bool = False, overwrite: bool = False) -> str:
         """Write the rewritten program, its recipe and its report to a `.pt2` file for `tamis.load`.  Returns the path.

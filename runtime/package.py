@@ -131,7 +131,7 @@ def export_checked(
 
 
 def contrib_notes(model: CompiledModel) -> list[str]:
-    """What a file with ONNX Runtime's own operators calls for attention over an index, and where it calls none, why."""
+    """What a file with ONNX Runtime's own operators calls for attention, and where it calls none of them, why."""
     from ..lowering.onnx_contrib import contrib_forms
 
     layers = {} if model.original is None else layers_of_nodes(model.original, model.graph.program)
@@ -141,7 +141,7 @@ def contrib_notes(model: CompiledModel) -> list[str]:
         name = form.node.name
         places.setdefault(said, []).append(f"layer {layers[name]}" if name in layers else name)
     if not places:
-        return ["the ONNX file has standard operators alone: ONNX Runtime's own are for sparse attention"]
+        return ["the ONNX file has standard operators alone: ONNX Runtime's own are for attention, and there is none"]
     return [f"the ONNX file {said} ({', '.join(at)})" for said, at in places.items()]
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from onnx_call import run_call
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-import tamis.kernels  # noqa: F401  (registers the ops)
+from tamis.kernels.onnx_grouped_query import dense_grouped_query
 from tamis.op import OPS, OnnxCall
 
 OP = OPS["block_sparse_attention"]
@@ -45,7 +46,7 @@ def held(name: str, **given: Any) -> Tensor:
 @pytest.mark.parametrize(("local", "softcap"), [(1, None), (5, 1.5), (21, None), (100, 2.0)])
 def test_a_window_is_one(local: int, softcap: float | None, lengths: list[int] | None) -> None:
     real = None if lengths is None else torch.tensor(lengths)
-    got = held("WindowAttention", **arguments(heads(), local=local, softcap=softcap, lengths=real))
+    got = held("CausalAttention", **arguments(heads(), local=local, softcap=softcap, lengths=real))
     if lengths is not None:
         assert not got[0, :, lengths[0] :].any()
 
@@ -88,3 +89,33 @@ def test_what_has_no_form_says_why() -> None:
     assert "scale of 0" in OP.contrib(**arguments(heads(), local=4, scale=0.0))
     order = torch.arange(21).expand(2, 2, -1)
     assert "in another order" in OP.contrib(**arguments(heads(), local=4, positions=order))
+
+
+def dense(call: OnnxCall | str, name: str, q: Tensor, k: Tensor, v: Tensor, **said: Any) -> Tensor:
+    """What the form of this name answers, which is what torch does."""
+    assert isinstance(call, OnnxCall), call
+    assert call.name == name
+    expected = scaled_dot_product_attention(q, k, v, enable_gqa=True, **said)
+    (got,) = run_call(call, [expected])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    return got
+
+
+def test_dense_attention_that_is_causal_or_masked_by_pairs() -> None:
+    qkv = heads()
+    dense(dense_grouped_query(*qkv, None, 0.0, True), "CausalAttention", *qkv, is_causal=True)
+    for shape in ((1, 1, 21, 21), (2, 4, 21, 21)):
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        mask[:, :, 3] = False
+        got = dense(dense_grouped_query(*qkv, mask, scale=0.5), "MaskedAttention", *qkv, attn_mask=mask, scale=0.5)
+        assert not got[:, :, 3].any()
+
+
+def test_dense_attention_without_a_form_says_why() -> None:
+    q, k, v = heads()
+    assert "no causal attention" in dense_grouped_query(q, k, v)
+    assert "no causal attention" in dense_grouped_query(q, k[:, :, :9], v[:, :, :9], None, 0.0, True)
+    assert "no mask of tokens by tokens" in dense_grouped_query(q, k, v, torch.zeros(2, 1, 1, 21, dtype=torch.bool))
+    assert "no mask of tokens by tokens" in dense_grouped_query(q, k, v, torch.zeros(21, 21))
+    assert "at random" in dense_grouped_query(q, k, v, None, 0.1, True)
+    assert "no axis of their own" in dense_grouped_query(q[0], k[0], v[0], None, 0.0, True)
