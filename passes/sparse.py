@@ -56,7 +56,6 @@ class SparseAttention(Pass):
     bidirectional: ClassVar[bool] = False  # whether it also means something where tokens see later ones
     indexed: ClassVar[bool] = True  # whether `index` says all; otherwise `attend` is the method's own
     looks_ahead: ClassVar[bool] = False  # not `indexed`: whether later tokens change what a causal query gets
-
     moves: ClassVar[bool] = False  # whether it asks for queries or keys at positions of other tokens
 
     layers: Any = field(default=None, kw_only=True)
@@ -117,7 +116,7 @@ class SparseAttention(Pass):
             return "attention adds a mask or bias that is neither causal nor padding, which an index cannot say"
         rotations = (site.q_rotation, site.k_rotation)
         if self.moves and any(rotation and not rotation.tables for rotation in rotations):
-            return "its rotary embedding has no table of positions, and the method moves queries or keys to others"
+            return "its rotary position embedding has no table with a row for each token to read other positions in"
         if not (site.hides_later or self.bidirectional):
             return "attention sees later tokens too, and the method is made for causal attention"
         return ""

@@ -100,7 +100,7 @@ def diagonal_sums(weights: Tensor, place: Tensor) -> Tensor:
     return torch.where((key >= 0).unsqueeze(1), found, 0.0).sum(2)
 
 
-def best(scores: Tensor, count: int, allowed: Tensor, forced: Tensor) -> Tensor:
+def best(scores: Tensor, count: Any, allowed: Tensor, forced: Tensor) -> Tensor:
     """The `count` places of highest score [B, S, N], forced ones first: [B, S, count] ascending, -1 last for none.
 
     Ties: lowest place.

@@ -41,6 +41,7 @@ class TwoAngles(AShape):
         layers: layers to use it in; all of them by default.
     """
 
+    moves = True
     at_origin: ClassVar[bool] = True  # whether far keys stand at the position of the first token, or at their own
 
     @property
@@ -80,13 +81,10 @@ class TwoAngles(AShape):
         return replace(heads, queries=heads.queries_at(place.clamp(max=self.reach)), keys=keys)
 
     def why_not_at(self, site: Site) -> str:
-        """As of any sparse attention; and rotary embedding must be there, by tables with a row for each token."""
+        """As of any sparse attention that moves keys; and rotary embedding must be there."""
         reason = super().why_not_at(site)
-        for rotation in () if reason else (site.q_rotation, site.k_rotation):
-            if rotation is None:
-                return "no rotary position embedding was found before it, and the method reads keys at other positions"
-            if not rotation.tables:
-                return "its rotary position embedding has no table with a row for each token to read other positions in"
+        if not reason and None in (site.q_rotation, site.k_rotation):
+            return "no rotary position embedding was found before it, and the method reads keys at other positions"
         return reason
 
 

@@ -17,6 +17,8 @@ from rewriting import captured, run
 from sparse_oracle import drawn, fixture
 from test_sparse_decoders import logits, original
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from zoo import FAMILIES
 
 from tamis.attention_index import Heads
@@ -155,7 +157,7 @@ def test_where_keys_are_rotated_by_no_table_cca_says_so() -> None:
     assert site.k_rotation is not None
     fixed = replace(site, k_rotation=replace(site.k_rotation, tables=()))
     assert CCA().why_not_at(site) == ""
-    assert "no table of positions" in CCA().why_not_at(fixed)
+    assert "no table with a row for each token" in CCA().why_not_at(fixed)
     assert Combiner().why_not_at(fixed) == ""
 
 
@@ -200,3 +202,36 @@ def test_padding_on_any_side_changes_nothing_in_a_model() -> None:
 def test_wrong_parameters_are_said(name: str, parameters: dict[str, Any]) -> None:
     with pytest.raises(BadParameter, match=next(iter(parameters))):
         build_pass(name, parameters)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor made while inside."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        self.found = max([self.found, *(one.numel() for one in tree_leaves(out) if isinstance(one, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "growth"),
+    [
+        (Dilated(step=2, local=16, sink=4), 2),
+        (Combiner(span=64), 2.2),
+        (CCA(span=64, local=64), 2.4),
+        (Routing(clusters=4, window=16), 2),
+    ],
+    ids=lambda one: getattr(one, "name", one),
+)
+def test_no_table_of_all_pairs_is_made(method: Any, growth: float) -> None:
+    """Twice the tokens: largest tensors are twice as large, or a little more where summaries are many."""
+    sizes = []
+    for tokens in (512, 1024):
+        heads = drawn(0, tokens, batch=1, kv=1, group=1, size=16)
+        with Largest() as largest:
+            method.attend(heads)
+        sizes.append(largest.found)
+    assert sizes[1] <= growth * sizes[0]
+    assert sizes[1] < 1024 * 1024 / 2
