@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Far = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class TwoPositions:
     """What a query at place i and a far key at place j stand at; `far` says which keys a query reads as far ones.
 
     local       keys nearer than this are read as the model has them
-    far         (queries, keys, places) of one row -> [H, N, N] bool: far keys read; places are 0 .. N - 1
+    far         of one row: (near attention [H, N, N], queries and keys [H, N, D] at far positions) -> [H, N, N] bool,
+                which far keys are read
     reach       a query's position for far keys is that of its own place, but at most this
     at_origin   far keys stand at position 0, or at their own
     """
 
     local: int
-    far: Callable[[Tensor, Tensor, Tensor], Tensor]
+    far: Far
     reach: int
     at_origin: bool
 
@@ -57,8 +60,41 @@ def row_attention(
     distance = place.unsqueeze(1) - place
     logits = torch.where(distance < how.local, q @ k.transpose(1, 2), far_q @ far_k.transpose(1, 2)) * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    far = how.far(raw[0], raw[1], place) & (distance >= how.local)
-    return torch.where(((distance >= 0) & (distance < how.local)) | far, logits, -torch.inf).softmax(-1) @ v
+    near = (distance >= 0) & (distance < how.local)
+    far = how.far(torch.where(near, logits, -torch.inf).softmax(-1), far_q, far_k) & (distance >= how.local)
+    return torch.where(near | far, logits, -torch.inf).softmax(-1) @ v
+
+
+def sinks(count: int) -> Far:
+    """The first keys."""
+    return lambda near, q, k: (torch.arange(q.shape[1]) < count).expand(near.shape)
+
+
+def remembered(sink: int, local: int, blocks: int, block: int, stand_ins: int, chunk: int) -> Far:
+    """The first keys, those of the blocks that InfLLM looks up, and those that are in no block yet."""
+
+    def far(near: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        heads, tokens = q.shape[:2]
+        got, seen = near.sum(1).tolist(), torch.zeros(near.shape, dtype=torch.bool)
+        for first in range(0, tokens, chunk):
+            closed = [start for start in range(sink, tokens, block) if start + block <= first - local]
+
+            def score(start: int, first: int = first) -> float:
+                total = 0.0
+                for h in range(heads):
+                    best = sorted(range(start, start + block), key=lambda j: (-got[h][j], j))[:stand_ins]
+                    total += float(q[h, first : first + chunk].mean(0) @ k[h, best].mean(0))
+                return total
+
+            chosen = sorted(closed, key=lambda start: (-score(start), start))[:blocks]
+            rows = seen[:, first : first + chunk]
+            rows[..., :sink] = True
+            rows[..., closed[-1] + block if closed else sink :] = True
+            for start in chosen:
+                rows[..., start : start + block] = True
+        return seen
+
+    return far
 
 
 @contextmanager

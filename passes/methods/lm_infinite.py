@@ -49,9 +49,14 @@ class TwoAngles(AShape):
         """Place whose position far keys see their queries at; queries before it keep their own."""
         return self.local
 
+    @property
+    def window(self) -> AttentionIndex:
+        """The near part of every index."""
+        return AttentionIndex(rows=64, local=self.local)
+
     def near(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Attention to the `local` nearest keys, and its log-sum-exp [B, H, N]."""
-        return attend_with_lse(AttentionIndex(rows=64, local=self.local), heads)
+        return attend_with_lse(self.window, heads)
 
     def choose(self, heads: Heads, far: Heads, lse: Tensor) -> AttentionIndex:
         """The index, given the heads as they are, as far keys have it, and the log-sum-exp of near logits.

@@ -33,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that leave much out of a hundred
     "flex-prefill": {"block": 8, "min_budget": 8, "gamma": 0.6, "tau": 0.3},
     "hip": {"sink": 3, "local": 9, "chunks": [8, 4], "keeps": [40, 16], "strides": [2, 1], "block": 8},
     "landmark": {"mem_freq": 4, "top_k": 3},
+    "infllm": {"sink": 3, "local": 8, "blocks": 2, "block": 6, "stand_ins": 2, "chunk": 4},
     "lm-infinite": {"sink": 3, "local": 9},
     "longformer": {"window": 12, "first": 2},
     "pbs": {"density": 0.5, "block": 8, "segment": 16, "threshold": 0.4},
