@@ -133,6 +133,13 @@ def test_a_row_says_what_was_measured_what_was_not_and_what_loses() -> None:
     ]
 
 
+def test_a_method_behind_a_static_pattern_is_marked() -> None:
+    names = {"hip": 16.0, "pbs": 10.0, "tri-shape": 16.0, "streaming-llm": 12.0, "random-tiles": 20.0}
+    cells = {f"{name}/0.1/1024/manual": text(value) for name, value in names.items()}
+    marked = [line for line in smollm2_page.perplexity(cells, 1024).splitlines() if "behind `streaming-llm`" in line]
+    assert [line.split("|")[1].strip() for line in marked] == ["`hip`"]
+
+
 def test_keys_are_shown_by_depth() -> None:
     cells = {"dense/1/512/needle": key_cell(True, True), "hip/0.1/1024/needle": key_cell(True, False)}
     lines = smollm2_page.keys(cells).splitlines()
