@@ -22,7 +22,7 @@ class Longformer(SparseAttention):
     """Every token reads `window` / 2 tokens to each side (before it, where causal) and the first `first` tokens.
 
     Those first tokens read all.  Differs: global tokens have no projections of their own, which a mask alone cannot
-    give them; models trained with the pattern have them, others lose by it.
+    give them; models trained with the pattern have them, others lose by it.  Heads whose window has gaps are `dilated`.
 
     Args:
         window: tokens read around each one (published: 512), to both sides together.
