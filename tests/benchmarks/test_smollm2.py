@@ -17,6 +17,7 @@ from long_prompts.spliced import Spliced
 from long_prompts.watch import Watched, mean_density, reading
 from sparse_oracle import drawn, expanded, recall
 from torch import nn
+from zoo import draw
 
 from tamis.capture import capture
 from tamis.graph import TokenGraph
@@ -32,8 +33,7 @@ def decoder() -> tuple[nn.Module, TokenGraph]:
     from transformers import LlamaConfig, LlamaModel
 
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    torch.manual_seed(0)  # noqa: TID251 - transformers draws weights from the global generator
-    model = LlamaModel(LlamaConfig(vocab_size=60, intermediate_size=64, **sizes)).eval()
+    model = draw(LlamaModel(LlamaConfig(vocab_size=60, intermediate_size=64, **sizes))).eval()
     return model, capture(model, kwargs={"input_ids": ids(12)})
 
 
