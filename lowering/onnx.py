@@ -32,6 +32,7 @@ from .onnx_opaque import symbols_kept, translation, version_needed, write_back
 from .splice import fake_mode_of, without_guards
 
 OPSET = 18
+EXPORTERS = ("torch.onnx", "onnxscript")  # whose logs tell of their own work: an operator that they did not fold
 
 
 def export_onnx(
@@ -109,7 +110,8 @@ def onnx_model(program: ExportedProgram, path: str, *, opset: int, inline: bool,
         raise ExportFailed(path=path, kind="ONNX", reason=_innermost(error), hint=hint) from error
     add_functions(model, calls.functions)
     if inline:
-        model = optimize(InlinePass()(model).model)
+        with _quiet():
+            model = optimize(InlinePass()(model).model)
         model.opset_imports.pop(NAMESPACE, None)
     _strip(model)
     write_back(model, path)
@@ -168,12 +170,14 @@ def _innermost(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's chatter from stdout, which carries results, and its warnings about itself from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in EXPORTERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -62,6 +62,22 @@ def test_functions_follow_the_opset_of_the_model(make_program, make_tokens, tmp_
     assert check_onnx(path, program, [(make_tokens(3),)]) < 1e-5
 
 
+class Reversed(nn.Module):
+    """Tokens in an order that the exporter computes but for its last step, a sort."""
+
+    def forward(self, tokens):
+        return tokens[:, torch.arange(5).flip(0).sort(stable=True).indices]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_what_exporters_say_of_their_work_is_not_passed_on(tmp_path, caplog, inline):
+    tokens = torch.randn(2, 5, 3)
+    program = torch.export.export(Reversed(), (tokens,))
+    path = export_onnx(program, tmp_path / "reversed.onnx", inline=inline)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert check_onnx(path, program, [(tokens,)]) == 0
+
+
 def test_given_names_win_over_values_that_have_them(make_program, make_tokens, tmp_path):
     program = make_program()
     names = {"input_names": ["gelu"], "output_names": ["linear", "linears.0.bias"], "dimensions": {}}
