@@ -50,6 +50,7 @@ class Heads:
     lengths                [B] int64 real tokens of each row; None: N
     layer, layers          0-based index of the layer, and their number
     weights                tensors of a trained method, float32, by name
+    window                 keys so many tokens away, and farther, are seen by nobody; 0: there is no such window
     """
 
     queries: Tensor  # [B, H, N, D]
@@ -61,6 +62,7 @@ class Heads:
     softcap: float | None
     layer: int
     layers: int
+    window: int = field(default=0, kw_only=True)
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _before_rope: Callable[[], Tensor] | None = field(default=None, repr=False)
     _rotate: Callable[[str, Tensor], Tensor | None] | None = field(default=None, repr=False)

@@ -3,8 +3,8 @@
     out[b, h, i] = sum_j P[i, j] v_j,   P = softmax over j in S(b, h, i) of cap(scale * q_i . k_j)
 
 Queries come in rows of `rows` neighbours that share a list.  The key at place j of memory is that of token p(j), which
-is j unless `positions` says otherwise.  S(b, h, i) is what query i may see (p(j) < lengths[b]; p(j) <= i where causal)
-of the union of
+is j unless `positions` says otherwise.  S(b, h, i) is what query i may see (p(j) < lengths[b]; p(j) <= i where causal;
+|i - p(j)| < window where there is one) of the union of
 
     the sinks: p(j) < sink,
     the nearest keys: |i - p(j)| < local,
@@ -24,6 +24,7 @@ rows, width, sink, local, first, last     int; None for tiles or columns: there 
 scale    float
 causal   bool
 softcap  float            cap(x) = softcap * tanh(x / softcap); None: cap(x) = x
+window   int              keys farther away are read by nobody, whatever names them; 0: there is no window
 ->       [B, H, N, D] as q, a view of [B, N, H, D]; 0 for a query with nothing to read, such as padding
 
 A key that several parts name is read once.  Keys are gathered row by row, so memory and time go with R * (sink + local
@@ -49,7 +50,8 @@ from .sparse_pairs import MaybeTensor, Pairs
 
 INDEX_SCHEMA = (
     "Tensor? tiles, Tensor? columns, Tensor? positions, Tensor? lengths, str share, int rows, int width, int sink, "
-    "int local, int first, int last, float scale, bool causal, float? softcap=None"
+    "int local, int first, int last, float scale, bool causal, float? softcap=None, "
+    "int window=0"
 )
 
 
@@ -71,9 +73,10 @@ def reference(
     scale: float,
     causal: bool,
     softcap: float | None = None,
+    window: int = 0,
 ) -> Tensor:
     """See the module."""
-    index = Pairs(tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, causal)
+    index = Pairs(tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, causal, window)
     return attended(q, k, v, index, scale, softcap)[0]
 
 
@@ -107,7 +110,9 @@ def pairs_held(q: Any, tiles: Any, columns: Any, positions: Any, lengths: Any, s
     tokens, (rows, width, sink, local, first, last) = q[2], numbers[:6]
     listed = (tiles[3] * width if tiles else 0) + (columns[3] if columns else 0)
     near = (local + rows - 1) if local else 0
-    return tokens * min(tokens, listed + sink + near) + min(first + last, tokens) * tokens
+    causal, window = numbers[7], (*numbers, None, 0)[9]
+    seen = min(tokens, (window if causal else 2 * window - 1) if window else tokens)
+    return tokens * min(seen, listed + sink + near) + min(first + last, tokens) * seen
 
 
 def samples() -> Iterator[tuple[Any, ...]]:
@@ -133,6 +138,8 @@ def samples() -> Iterator[tuple[Any, ...]]:
     yield q, k, v, tiles["kv"], None, order, lengths, "kv", 4, 3, 2, 3, 1, 2, 0.3, True
     yield q, k, v, tiles["layer"], None, order, None, "layer", 4, 3, 1, 0, 0, 0, 0.3, False
     yield q, k, v, None, columns["query"], order, None, "query", 4, 1, 0, 3, 0, 1, 0.3, True, 1.5
+    yield q, k, v, tiles["query"], None, None, lengths, "query", 4, 3, 2, 2, 1, 2, 0.3, True, None, 4
+    yield q, k, v, tiles["kv"], None, order, lengths, "kv", 4, 3, 1, 0, 0, 1, 0.3, False, 1.5, 3
 
 
 BLOCK_SPARSE_ATTENTION = define_op(

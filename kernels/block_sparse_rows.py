@@ -114,6 +114,8 @@ def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reac
         if reach.local:
             near = (token > first - reach.local) & (token < (last + 1 if reach.causal else last + reach.local))
             read = listed | near
+        if reach.window:
+            read = read & (token > first - reach.window) & (token < last + reach.window)
         found = read.nonzero(as_tuple=True)[1]
         flags = listed[read] if reach.local else None
         begin, at = start, 0
@@ -156,6 +158,10 @@ def _doubtful(read: Tensor, token: Tensor, first: Tensor, last: Tensor, reach: P
         spans.append((up_to(first - local), up_to(last - local)))
         if not reach.causal:
             spans.append((up_to(first + local - 1), everything))
+    if reach.window:
+        spans.append((torch.zeros_like(everything), up_to(last - reach.window)))
+        if not reach.causal:
+            spans.append((up_to(first + reach.window - 1), everything))
     if not spans:
         return [()] * len(read)
     table = torch.stack([torch.stack(pair, 1) for pair in spans], 1).tolist()
@@ -204,4 +210,6 @@ class Masks:
         hidden = keys > queries if self.reach.causal else torch.zeros(1, 1, 1, dtype=torch.bool)
         if self.reach.local and rows.listed is not None:
             hidden = hidden | (((queries - keys).abs() >= self.reach.local) & ~rows.listed[:, None, a:b])
+        if self.reach.window:
+            hidden = hidden | ((queries - keys).abs() >= self.reach.window)
         return hidden

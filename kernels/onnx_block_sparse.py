@@ -39,7 +39,7 @@ def ListedKeys(tiles, columns, rows, tokens, width):
 
 @script(TAMIS, default_opset=op)
 def SparseLogits(
-    q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+    q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap, window
 ):
     """[B, Hk, G, N, N] logits over the places of keys, -inf for pairs that are not read; the numbers are scalars."""
     tokens = op.Shape(q, start=2, end=3)
@@ -52,7 +52,8 @@ def SparseLogits(
     dense = op.Or(query < first, query >= ends - last)
     implicit = op.Or(op.Or(key < sink, near), dense)
     later = op.And(key > query, op.Expand(causal, [1]) > 0)
-    real = op.And(op.And(key < ends, query < ends), op.Not(later))
+    within = op.Or(op.Expand(window, [1]) <= 0, op.Abs(query - key) < window)
+    real = op.And(op.And(op.And(key < ends, query < ends), op.Not(later)), within)
     line, span = op.Expand(rows, [1]), op.Expand(width, [1])
     listed = ListedKeys(op.Cast(tiles, to=7), op.Cast(columns, to=7), line, tokens, span)
     listed = op.Gather(listed, place / line, axis=2)
@@ -102,9 +103,10 @@ def BlockSparseAttention(
     scale: float,
     causal: int,
     softcap: float,
+    window: int,
 ):
     logits = SparseLogits(
-        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap, window
     )
     return SparseMix(logits, v, q)
 
@@ -127,9 +129,10 @@ def BlockSparseAttentionWithLse(
     scale: float,
     causal: int,
     softcap: float,
+    window: int,
 ):
     logits = SparseLogits(
-        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap, window
     )
     top = op.ReduceMax(op.Max(logits, op.Constant(value_float=-3.4028234663852886e38)), [-1], keepdims=1)
     lowest = op.Constant(value_float=float("-inf"))
@@ -157,9 +160,10 @@ def BlockSparseReceived(
     scale: float,
     causal: int,
     softcap: float,
+    window: int,
 ):
     logits = SparseLogits(
-        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap
+        q, k, tiles, columns, positions, lengths, rows, width, sink, local, first, last, scale, causal, softcap, window
     )
     norm = op.Where(lse == op.Constant(value_float=float("-inf")), op.Constant(value_float=float("inf")), lse)
     of_rows = op.Concat(op.Shape(logits, start=0, end=4), op.Constant(value_ints=[1]), axis=0)
@@ -185,11 +189,12 @@ def of_index(
     scale: float,
     causal: bool,
     softcap: float | None = None,
+    window: int = 0,
 ) -> OnnxCall:
     """The call of a function of this file: its tensors, then the index as the ops have it, -1 for what is None."""
     none = tensors[0].new_full((1, 1, 1, 1), -1, dtype=torch.int32)
     inputs = [*tensors, *(none if x is None else x for x in (tiles, columns))]
     inputs.append(none.squeeze(0) if positions is None else positions)
     numbers = {"rows": rows, "width": width, "sink": sink, "local": local, "first": first, "last": last}
-    numbers |= {"scale": scale, "causal": int(causal), "softcap": softcap or 0.0}
+    numbers |= {"scale": scale, "causal": int(causal), "softcap": softcap or 0.0, "window": window}
     return OnnxCall(function, [*inputs, [-1] if lengths is None else lengths], numbers)

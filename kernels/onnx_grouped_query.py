@@ -217,15 +217,19 @@ def grouped_query(
     scale: float,
     causal: bool,
     softcap: float | None = None,
+    window: int = 0,
 ) -> OnnxCall | str:
     """Calls one of the functions above; why none can be, as text."""
     reason = why_not(q, v, scale) if positions is None else "its keys lie in another order, and causality goes by place"
+    whole = causal and 0 < window <= local  # every key that the window leaves is near
+    if window and not whole:
+        reason = reason or "the model has a window of its own besides the index"
     if reason:
         return reason
     sizes = _sizes(q, k, scale, softcap)
     ends = [-1] if lengths is None else lengths
-    if causal and local and tiles is None and columns is None and not (sink or first or last):
-        return OnnxCall(CausalAttention, [q, k, v, ends], {**sizes, "window": local})
+    if whole or (causal and local and tiles is None and columns is None and not (sink or first or last)):
+        return OnnxCall(CausalAttention, [q, k, v, ends], {**sizes, "window": window or local})
     none = q.new_full((1, 1, 1, 1), -1, dtype=torch.int32)
     given = [q, k, v, *(none if x is None else x for x in (tiles, columns)), ends]
     sizes |= {"rows": rows, "width": width, "causal": int(causal), "hidden": _hidden(q)}

@@ -32,12 +32,14 @@ class Pairs:
     first: int
     last: int
     causal: bool
+    window: int = 0
 
     @staticmethod
     def of(*arguments: Any) -> tuple[Pairs, float, float | None]:
         """Of block_sparse_attention's arguments behind q, k and v; with the scale and the soft cap."""
-        *lists, scale, causal, softcap = (*arguments, None)[: len(fields(Pairs)) + 2]
-        return Pairs(*lists, causal), scale, softcap
+        given = (*arguments, *(None, 0)[len(arguments) - len(fields(Pairs)) :])
+        *lists, scale, causal, softcap, window = given
+        return Pairs(*lists, causal, window), scale, softcap
 
     @property
     def lists(self) -> tuple[MaybeTensor, MaybeTensor]:
@@ -72,6 +74,8 @@ def gathered(index: Pairs, tokens: Any, heads: int, key_heads: int, device: torc
     seen = seen & there.unsqueeze(-2)
     if index.causal:
         seen = seen & (positions.unsqueeze(-2) <= queries)
+    if index.window:
+        seen = seen & ((positions.unsqueeze(-2) - queries).abs() < index.window)
     if index.lengths is not None:
         seen = seen & (queries < end.unsqueeze(-1))
     return torch.where(there, places, 0), seen
@@ -173,4 +177,6 @@ def dense_rows(index: Pairs, batch: Any, tokens: Any, device: torch.device) -> t
     position = torch.arange(tokens, device=device)[None, None] if index.positions is None else index.positions
     position = position.unsqueeze(2)
     seen = (position < lengths.reshape(-1, 1, 1, 1)).expand(-1, -1, place.shape[1], -1)
+    if index.window:
+        seen = seen & ((position - place[:, None, :, None]).abs() < index.window)
     return place, once, seen & (position <= place[:, None, :, None]) if index.causal else seen

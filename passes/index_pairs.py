@@ -84,6 +84,7 @@ def _seen(heads: Heads, queries: Tensor) -> Tensor:
     query = queries.unsqueeze(1)
     key = torch.arange(heads.tokens, device=real.device)
     below = (key <= query) if heads.causal else (key >= 0).expand(len(queries), -1)
+    below = below & ((query - key).abs() < heads.window) if heads.window else below
     return (below & real.unsqueeze(1) & real[:, queries].unsqueeze(2)).unsqueeze(1)
 
 

@@ -23,7 +23,16 @@ from ..op import OPS
 from ..rewrite import Options, Pass, Result
 from .layer_choice import chosen_layers, read_heads, read_layers
 
-UNDERSTOOD = ("full", "padding", "causal")  # kinds of mask that causality and the number of real tokens say whole
+UNDERSTOOD = ("full", "padding", "causal", "window")  # kinds of mask that `Heads` can say whole
+
+
+def window_of(site: Site) -> int | None:
+    """How near a key must be to be seen, as `Heads` has it: 0 without a window; None where both sides differ."""
+    before, after = site.mask.window or (None, None)
+    if site.mask.kind != "window":
+        return 0
+    alike = before is not None and after == (0 if site.hides_later else before)
+    return before + 1 if alike and before is not None else None
 
 
 def arguments(index: AttentionIndex, heads: Heads) -> list[Any]:
@@ -31,7 +40,8 @@ def arguments(index: AttentionIndex, heads: Heads) -> list[Any]:
     keys, values = (permuted(x, index.permutation) for x in (heads.keys, heads.values))
     lists = [index.tiles, index.columns, index.permutation, heads.lengths, index.share]
     numbers = [index.rows, index.width, index.sink, index.local, index.first, index.last]
-    return [heads.queries, keys, values, *lists, *numbers, heads.scale, heads.causal, heads.softcap]
+    window = [heads.window] if heads.window else []
+    return [heads.queries, keys, values, *lists, *numbers, heads.scale, heads.causal, heads.softcap, *window]
 
 
 def permuted(x: Tensor, order: Tensor | None) -> Tensor:
@@ -110,10 +120,11 @@ class SparseAttention(Pass):
             return site.reason or f"its attention is no self-attention of the stream ({site.role})"
         if site.cached:
             return "attention continues a key-value cache, which the index does not cover"
-        if site.mask.kind == "window":
-            return f"attention has a window of its own, {site.mask.window}"
         if site.mask.kind not in UNDERSTOOD:
             return "attention adds a mask or bias that is neither causal nor padding, which an index cannot say"
+        window = window_of(site)
+        if window is None or (window and not self.indexed):
+            return f"attention has a window of its own, {site.mask.window}, and the method none within it"
         rotations = (site.q_rotation, site.k_rotation)
         if self.moves and any(rotation and not rotation.tables for rotation in rotations):
             return "its rotary position embedding has no table with a row for each token to read other positions in"

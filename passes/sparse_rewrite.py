@@ -21,7 +21,7 @@ from .layer_choice import able
 from .replay import Replay
 from .retrace import retrace
 from .rotation import Turn
-from .sparse import SparseAttention
+from .sparse import SparseAttention, window_of
 from .stream_state import take_rows
 from .trained import with_trained
 
@@ -151,6 +151,7 @@ class SparseInterpreter(Replay):
             softcap=site.softcap,
             layer=layer.index,
             layers=len(self.graph_.layers),
+            window=window_of(site) or 0,
             _before_rope=(lambda: self._before_rope(site.k_rotation, order)) if site.k_rotation else None,
             _rotate=lambda what, places: self._rotate(site, what, places, order),
         )

@@ -62,7 +62,14 @@ def seen_tiles(heads: Heads, block: int) -> Tensor:
     """[B or 1, 1, R, R] bool: which tiles of keys a row may read, of those that hold tokens."""
     real = real_tiles(heads, block)
     row = torch.arange(real.shape[2], device=real.device)
-    return ((row <= row.unsqueeze(1)) if heads.causal else (row >= 0)) & real.unsqueeze(2)
+    seen = (row <= row.unsqueeze(1)) if heads.causal else (row >= 0)
+    return seen & near_tiles(heads, row, block) & real.unsqueeze(2)
+
+
+def near_tiles(heads: Heads, place: Tensor, block: int) -> Tensor:
+    """[R, R] bool: which tiles, at places [R], hold a pair within the window of the attention; all without one."""
+    apart = (place.unsqueeze(1) - place).abs()
+    return (apart - 1) * block + 1 < heads.window if heads.window else apart >= 0
 
 
 def pooled_logits(heads: Heads, keys: Tensor, block: int) -> Tensor:
@@ -87,6 +94,8 @@ def last_queries(heads: Heads, many: int) -> tuple[Tensor, Tensor]:
         logits = torch.tanh(logits / heads.softcap) * heads.softcap
     key = torch.arange(heads.tokens, device=device)
     seen = (key <= place.unsqueeze(-1)).unsqueeze(1)
+    if heads.window:
+        seen = seen & (place.unsqueeze(-1) - key < heads.window).unsqueeze(1)
     there = (place >= 0)[:, None, :, None]
     weights = torch.where(seen, logits, torch.finfo(torch.float32).min).softmax(-1)
     return torch.where(there & seen, weights, 0.0), place
@@ -135,6 +144,7 @@ def antidiagonal_scores(heads: Heads, block: int, stride: int) -> Tensor:
     seen: Any = (group <= group.unsqueeze(1))[None, None] if heads.causal else (group >= 0)[None, None, None]
     if heads.lengths is not None:
         seen = seen & (group * stride < heads.lengths.reshape(-1, 1, 1, 1))
+    seen = seen & near_tiles(heads, group, stride)
     weights = torch.where(seen, logits, torch.finfo(torch.float32).min).softmax(-1)
     return torch.where(seen, weights, 0.0).reshape(batch, many, rows, per, rows, per).sum((3, 5))
 

@@ -14,7 +14,7 @@ from ..attention_index import Heads
 from ..capture.partial_run import values_of
 from ..errors import InputMismatch
 from ..graph import TokenGraph
-from ..passes.sparse import UNDERSTOOD
+from ..passes.sparse import UNDERSTOOD, window_of
 from ..passes.sparse_scores import last_queries
 from .compiled import CompiledModel
 from .inputs import input_nodes
@@ -54,11 +54,12 @@ def question_attention(model: Any, many: int) -> Callable[[Tensor], Tensor]:
     """
     graph = _graph(model)
     site = graph.sites[graph.layers[-1].site]
-    if site.mask.kind not in UNDERSTOOD or site.cached or not site.hides_later:
+    window = window_of(site)
+    if site.mask.kind not in UNDERSTOOD or window is None or site.cached or not site.hides_later:
         got = "one that continues a cache" if site.cached else f"a mask of kind {site.mask.kind!r}"
         raise InputMismatch(
             where=f"{graph.name}, node {site.node}",
-            rule="the last layer's attention must be causal, without a bias or a window",
+            rule="the last layer's attention must be causal, without a bias",
             got=got,
             hint=f"give {SHOWN}.",
         )
@@ -75,7 +76,7 @@ def question_attention(model: Any, many: int) -> Callable[[Tensor], Tensor]:
         given = _filled(names, ids.to(device).unsqueeze(0))
         with torch.no_grad():
             q, k = run([given.get(name) for name in names])
-        weights, _ = last_queries(Heads(q, k, k, None, site.scale, True, site.softcap, 0, 1), many)
+        weights, _ = last_queries(Heads(q, k, k, None, site.scale, True, site.softcap, 0, 1, window=window), many)
         return weights[0].cpu()
 
     return rows

@@ -23,6 +23,7 @@ def pairs(
     last: int,
     causal: bool,
     p: list[int],
+    window: int = 0,
 ) -> list[set[int]]:
     """Which places in memory each query of one head reads, from the sentences of the op's definition."""
     found = []
@@ -35,6 +36,7 @@ def pairs(
         if length - last <= i or i < first:
             some = set(range(tokens))
         read = {j for j in some if j < tokens and p[j] < length and (not causal or p[j] <= i)}
+        read = {j for j in read if not window or abs(i - p[j]) < window}
         found.append(read if i < length else set())
     return found
 
@@ -87,14 +89,15 @@ class Case:
     sets: list[list[list[set[int]]]]
     scale: float
     softcap: float | None
+    window: int
 
     @property
     def args(self) -> tuple[Any, ...]:
-        return self.q, self.k, self.v, *self.index, self.softcap
+        return self.q, self.k, self.v, *self.index, self.softcap, self.window
 
 
 def drawn_case(seed: int) -> Case:
-    """A random index; every second one with padding, every third over keys in another order."""
+    """A random index; every second one with padding, some over keys in another order or with a window."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -113,12 +116,13 @@ def drawn_case(seed: int) -> Case:
     softcap = 1.3 if seed % 6 == 0 else None
     order = torch.rand(2, heads, tokens, generator=generator).argsort(-1).to(torch.int32)
     positions = order if seed // 2 % 3 == 0 else None
+    window = draw(1, 7) if seed % 7 in (1, 4, 6) else 0
     sets = [
         [
             pairs(
                 tokens, tokens if lengths is None else int(lengths[b]), tiles[b, of], columns[b, of], rows, width, sink,
                 local, first, last, causal,
-                list(range(tokens)) if positions is None else positions[b, h // group].tolist(),
+                list(range(tokens)) if positions is None else positions[b, h // group].tolist(), window,
             )
             for h in range(heads * group)
             for of in [{"layer": 0, "kv": h // group, "query": h}[share]]
@@ -126,4 +130,4 @@ def drawn_case(seed: int) -> Case:
         for b in range(2)
     ]  # fmt: skip
     index = (tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, 0.4, causal)
-    return Case(q, k, v, index, sets, 0.4, softcap)
+    return Case(q, k, v, index, sets, 0.4, softcap, window)

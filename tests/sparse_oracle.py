@@ -26,13 +26,14 @@ def drawn(
     group: int = 2,
     size: int = 16,
     lengths: list[int] | None = None,
+    window: int = 0,
 ) -> Heads:
     """Random heads whose attention is far from even."""
     generator = torch.Generator().manual_seed(seed)
     q = 2 * torch.randn(batch, kv * group, tokens, size, generator=generator)
     k, v = (torch.randn(batch, kv, tokens, size, generator=generator) for _ in range(2))
     ends = None if lengths is None else torch.tensor(lengths)
-    return Heads(q, k, v, ends, size**-0.5, True, None, 1, 4)
+    return Heads(q, k, v, ends, size**-0.5, True, None, 1, 4, window=window)
 
 
 def expanded(index: AttentionIndex, heads: Heads) -> Tensor:
@@ -54,7 +55,8 @@ def expanded(index: AttentionIndex, heads: Heads) -> Tensor:
                         starts = part[b % part.shape[0], s, i // index.rows].tolist()
                         places = {start + n for start in starts if start >= 0 for n in range(width)}
                         keys |= {order[place] for place in places if place < tokens}
-                found[b, h, i, [j for j in keys if 0 <= j < end and (j <= i or not heads.causal)]] = True
+                keys = {j for j in keys if 0 <= j < end and (j <= i or not heads.causal)}
+                found[b, h, i, [j for j in keys if abs(i - j) < (heads.window or tokens)]] = True
     return found
 
 
@@ -64,6 +66,10 @@ def weights(heads: Heads, mask: Tensor | None = None) -> Tensor:
     logits = heads.queries.double() @ keys.transpose(2, 3) * heads.scale
     seen = torch.ones(logits.shape[-2:], dtype=torch.bool)
     seen = (seen.tril() if heads.causal else seen).expand(logits.shape)
+    if heads.window:
+        seen = (
+            seen & seen.new_ones(seen.shape).triu(1 - heads.window) & seen.new_ones(seen.shape).tril(heads.window - 1)
+        )
     if heads.lengths is not None:
         seen = seen & (torch.arange(logits.shape[-1]) < heads.lengths.reshape(-1, 1, 1, 1))
     seen = seen if mask is None else seen & mask

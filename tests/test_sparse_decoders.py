@@ -19,7 +19,6 @@ from tamis.passes.methods.block_sparse import BlockSparse
 from tamis.passes.methods.vertical_slash import VerticalSlash
 from tamis.rewrite import Pipeline, Result
 
-PLAIN = [name for name, one in DECODERS.items() if None in one.windows]
 METHODS = {
     "block-sparse": BlockSparse.full(1000),
     "vertical-slash": VerticalSlash.full(1000),
@@ -45,11 +44,10 @@ def original(model: Any, inputs: Any) -> torch.Tensor:
         return model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, [*METHODS][i % 3]) for i, name in enumerate(PLAIN)])
+@pytest.mark.parametrize(("name", "method"), [(name, [*METHODS][i % 3]) for i, name in enumerate(DECODERS)])
 def test_a_full_budget_is_the_original(name: str, method: str) -> None:
     model, result = sparse(name, method)
-    windows = DECODERS[name].windows
-    assert [o.layer for o in result.outcomes if o.applied] == [i for i, w in enumerate(windows) if w is None]
+    assert [o.layer for o in result.outcomes if o.applied] == [*range(len(DECODERS[name].windows))]
     for batch, length, padding in ((3, 65, "mixed"), (1, 2, None), (3, 127, "mixed")):
         inputs = prompt(batch, length, padding)
         real = inputs["attention_mask"].bool()
@@ -82,14 +80,23 @@ def test_lengths_around_a_tile(length: int) -> None:
         torch.testing.assert_close(got[real], original(model, inputs)[real], rtol=1e-4, atol=1e-4)
 
 
-def test_windowed_layers_are_skipped_with_the_reason() -> None:
-    _, result = sparse("gemma2", "a-shape")
-    reasons = [o.reason for o in result.outcomes if not o.applied]
-    assert len(reasons) == 1
-    assert "window of its own" in reasons[0]
+@pytest.mark.parametrize(
+    "method", ["a-shape:sink=3,local=60", "sparge:threshold=1.0,block=8", "bigbird:block=4,random=9"]
+)
+def test_a_window_of_the_model_bounds_what_is_read(method: str) -> None:
+    """A budget that covers the window and no more is dense: sinks, tiles and random ones outside it are not read."""
+    model, graph = captured("mistral")
+    program = Pipeline.parse(method).run(graph).graph.program.module()
+    for length in (3, 40):
+        inputs = prompt(2, length, "mixed")
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(logits(program, inputs)[real], original(model, inputs)[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_method_with_no_window_within_the_models_says_so() -> None:
     _, graph = captured("mistral")
-    with pytest.raises(NothingChanged, match="window of its own"):
-        Pipeline.parse("a-shape").run(graph)
+    with pytest.raises(NothingChanged, match=r"attention has a window of its own, \(4, 0\), and the method none"):
+        Pipeline.parse("dilated:step=2").run(graph)
 
 
 def layer_zero(model: Any, inputs: Any) -> Heads:

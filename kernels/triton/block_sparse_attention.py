@@ -44,7 +44,7 @@ def block_sparse_kernel(
     tile_batch, tile_set, tile_row, column_batch, column_set, column_row, order_batch, order_head,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
     ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr,
-    SINK: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr,
+    SINK: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, H / PACK, B).  SPAN: keys of a tile.  DENSE: rows are the first and last tokens, and read all."""
     row, pack, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -67,7 +67,7 @@ def block_sparse_kernel(
         mix, total, top = over(
             mix, total, top, queries, query, bound, k, v, positions if DENSE else places, 0,
             within if DENSE else tl.minimum(stop, SINK), stop, scale, cap, k_row, v_row,
-            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all" if DENSE else "sink",
+            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "all" if DENSE else "sink", WINDOW,
         )  # fmt: skip
     owner = pack * sets // tl.num_programs(1)
     if tiles is not None and not DENSE:
@@ -77,19 +77,19 @@ def block_sparse_kernel(
             if begin >= 0:
                 mix, total, top = over(
                     mix, total, top, queries, query, bound, k, v, positions, begin, tl.minimum(begin + SPAN, within),
-                    stop, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "listed",
+                    stop, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "listed", WINDOW,
                 )  # fmt: skip
     if columns is not None and not DENSE:
         columns += batch * column_batch + owner * column_set + tl.cast(row, tl.int64) * column_row
         mix, total, top = over_columns(
             mix, total, top, queries, query, bound, k, v, positions, columns, column_count, tokens, stop, scale, cap,
-            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL,
+            k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, WINDOW,
         )  # fmt: skip
     if LOCAL > 0 and not DENSE:
         begin, after = tl.maximum(row * ROWS - LOCAL + 1, 0), tl.minimum(row * ROWS + ROWS + LOCAL, stop)
         mix, total, top = over(
             mix, total, top, queries, query, bound, k, v, places, begin, after, stop, scale, cap, k_row, v_row,
-            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "near",
+            WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "near", WINDOW,
         )  # fmt: skip
     out += batch * out_batch
     if lse is not None:
@@ -142,6 +142,7 @@ def launched(
         constants = {
             **{"ROWS": index.rows, "PACK": pack, "M": max(16, triton.next_power_of_2(pack * index.rows))},
             **{"SPAN": index.width, "SINK": index.sink, "LOCAL": index.local, "CAUSAL": index.causal, "DENSE": dense},
+            "WINDOW": index.window,
         }
         many = triton.cdiv(index.first + index.last if dense else tokens, index.rows)
         launches.append(

@@ -40,7 +40,7 @@ def named(found, place, starts, count, SPAN: tl.constexpr, SCAN: tl.constexpr):
 def given(
     sums, keys, listed, position, start, stop, end, q, lse, weight, first, last, scale, cap, q_row,
     WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """sums [KEYS] with what queries start .. stop - 1 give, at most ROWS of them; those from `end` on give nothing."""
     query = start + tl.arange(0, ROWS)
@@ -54,6 +54,8 @@ def given(
     seen = seen & here[None, :] & (position >= 0)[:, None] & (position < end)[:, None] & (share != 0.0)[None, :]
     if CAUSAL:
         seen = seen & (position[:, None] <= query[None, :])
+    if WINDOW > 0:
+        seen = seen & (tl.abs(position[:, None] - query[None, :]) < WINDOW)
     if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
         column = tl.arange(0, D)
         inside = here[:, None] & (column < WIDTH)[None, :]
@@ -75,6 +77,7 @@ def block_sparse_received_kernel(
     tile_batch, tile_set, tile_row, column_batch, column_set, column_row, order_batch, order_head,
     WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SCAN: tl.constexpr,
     LINE: tl.constexpr, SPAN: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, H, B).  LINE: queries that share a list."""
     place = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
@@ -112,7 +115,7 @@ def block_sparse_received_kernel(
         for start in range(row * LINE, row * LINE + LINE, ROWS):
             sums = given(
                 sums, keys, listed, position, start, row * LINE + LINE, end, q, lse, weight, first, last, scale, cap,
-                q_row, WIDTH, D, ROWS, SINK, LOCAL, CAUSAL,
+                q_row, WIDTH, D, ROWS, SINK, LOCAL, CAUSAL, WINDOW,
             )  # fmt: skip
     tl.store(out + batch * out_batch + head * out_head + place, sums, mask=place < tokens)
 
@@ -143,7 +146,7 @@ def work(architecture: Architecture, q: Tensor, k: Tensor, lse: Tensor, weight: 
     config = architecture.config("block_sparse_received_kernel", *keys_of(size, q))
     config = config.having(
         WIDTH=size, D=padded(size), LINE=index.rows, SPAN=index.width, SINK=index.sink, LOCAL=index.local,
-        CAUSAL=index.causal,
+        CAUSAL=index.causal, WINDOW=index.window,
     )  # fmt: skip
     grid = (triton.cdiv(tokens, config.constants["KEYS"]), heads, batch)
     return [Launch(block_sparse_received_kernel, grid, named_arguments, config)], out

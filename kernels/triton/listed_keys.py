@@ -37,9 +37,11 @@ def meet(
 def over(
     mix, total, top, queries, query, bound, k, v, order, first, last, stop, scale, cap, k_row, v_row,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
-    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr,
+    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr, WINDOW: tl.constexpr = 0,
 ):  # fmt: skip
     """Add the keys first .. last - 1, of those before position `stop`; each query reads those up to its bound.
+
+    With a WINDOW, only those less than so many tokens away.
 
     PART: "all" and "listed" (without sinks and nearest keys, which are read as such) count places in memory, `order`
     telling the position of each; "sink" and "near" (the nearest but sinks) count positions, `order` telling places.
@@ -57,6 +59,8 @@ def over(
         if PART == "listed" or PART == "near":
             near = tl.abs(query[:, None] - position[None, :]) < LOCAL
             seen = seen & (position >= SINK)[None, :] & (near if PART == "near" else (near == 0))
+        if WINDOW > 0:
+            seen = seen & (tl.abs(query[:, None] - position[None, :]) < WINDOW)
         mix, total, top = meet(
             mix, total, top, queries, k, v, place, there, seen, scale, cap, k_row, v_row,
             WIDTH, VALUE_WIDTH, D, VALUE_D,
@@ -68,7 +72,7 @@ def over(
 def over_columns(
     mix, total, top, queries, query, bound, k, v, positions, columns, count, tokens, stop, scale, cap, k_row, v_row,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
-    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
+    KEYS: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, WINDOW: tl.constexpr = 0,
 ):  # fmt: skip
     """Add single keys, named by columns [count]."""
     for start in range(0, count, KEYS):
@@ -79,6 +83,8 @@ def over_columns(
         held = held & (position >= SINK) & (position < stop)
         far = tl.abs(query[:, None] - position[None, :]) >= LOCAL
         seen = held[None, :] & (position[None, :] <= bound[:, None]) & far
+        if WINDOW > 0:
+            seen = seen & (tl.abs(query[:, None] - position[None, :]) < WINDOW)
         mix, total, top = meet(
             mix, total, top, queries, k, v, place, held, seen, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D
         )

@@ -16,7 +16,7 @@ from ...attention_index import SHARES, AttentionIndex, Heads
 from ...counts import exact
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import antidiagonal_scores, pooled_logits, shared
+from ..sparse_scores import antidiagonal_scores, near_tiles, pooled_logits, shared
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,12 @@ class TileMethod(SparseAttention):
 
     def index(self, heads: Heads) -> AttentionIndex:
         """The best tiles."""
+        scores = self.scores(heads)
+        if heads.window:
+            place = torch.arange(scores.shape[3], device=scores.device)
+            scores = torch.where(near_tiles(heads, place, self.block), scores, -torch.inf)
         tiles = torch.ops.tamis.pick_tiles(
-            self.scores(heads), heads.lengths, self.block, heads.causal, self.sink, self.diagonal, self.keep, self.mass
+            scores, heads.lengths, self.block, heads.causal, self.sink, self.diagonal, self.keep, self.mass
         )
         return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, share=self.share)
 

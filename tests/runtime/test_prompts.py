@@ -11,8 +11,10 @@ from decoders import DECODERS, captured
 from onnx import helper
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, scaled_dot_product_attention
+from toys_attention import mixing_block
 
 import tamis
+from tamis.capture import capture
 from tamis.errors import BadParameter, InputMismatch
 from tamis.runtime.prompt_models import last_logits, question_attention
 
@@ -211,6 +213,14 @@ def test_numbers_that_cannot_be_are_said(given: dict[str, Any], said: str) -> No
 def test_models_without_logits_or_causal_attention_are_refused() -> None:
     with pytest.raises(InputMismatch, match=r"must return logits \[B, N, V\].* got \[1, 4\]"):
         last_logits(lambda ids: ids.float(), torch.ones(1, 4, dtype=torch.int64), 2)
-    _, windowed = captured("mistral")
-    with pytest.raises(InputMismatch, match="must be causal, without a bias or a window, got a mask of kind 'window'"):
-        question_attention(windowed, 2)
+    model = mixing_block()[0].float()
+    with pytest.raises(InputMismatch, match="must be causal, without a bias, got a mask of kind 'full'"):
+        question_attention(capture(model, (torch.zeros(2, 16, 8),)), 2)
+
+
+def test_a_window_of_the_last_layer_is_kept() -> None:
+    """Mistral's tokens see themselves and four before."""
+    _, graph = captured("mistral")
+    rows = question_attention(graph, 2)(torch.arange(20) + 5)
+    assert (rows[:, 0] > 0).nonzero()[:, 1].unique().tolist() == [14, 15, 16, 17, 18]
+    assert (rows[:, 1] > 0).nonzero()[:, 1].unique().tolist() == [15, 16, 17, 18, 19]
