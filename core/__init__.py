@@ -17,6 +17,7 @@ _PUBLIC = {
     "load": "runtime.api",
     "attention_recall": "runtime.recall",
     "calibrate": "runtime.calibrate",
+    "find_break_even": "runtime.break_even",
     "Calibration": "runtime.calibrate",
     "CompiledModel": "runtime.compiled",
     "Recipe": "runtime.recipe",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .runtime import prompts as prompts
     from .runtime.api import compile as compile
     from .runtime.api import load as load
+    from .runtime.break_even import find_break_even as find_break_even
     from .runtime.calibrate import Calibration as Calibration
     from .runtime.calibrate import calibrate as calibrate
     from .runtime.compiled import CompiledModel as CompiledModel

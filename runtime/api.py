@@ -41,6 +41,7 @@ def compile(
     allow_noop: bool = False,
     verify: bool = True,
     never_slower: bool = False,
+    dense_below: int = 0,
 ) -> CompiledModel:
     """Rewrite a model so that it computes less, and make it callable.
 
@@ -63,6 +64,8 @@ def compile(
         allow_noop: accept passes that change nothing.
         never_slower: run the original at sizes where the result is not faster: each size is timed when it first comes,
             or known from others (see `CompiledModel.guard`).  Neither token_map nor restore=False go with it.
+        dense_below: calls of fewer tokens, padding included, run the original; `tamis.find_break_even` measures from
+            how many on the result is faster.  A file holds the result alone, and the number in its recipe.
         verify: run original and result once on the example inputs and put the drift into the report; never raises.
 
     Raises:
@@ -70,7 +73,7 @@ def compile(
     """
     path = "recipe" if isinstance(recipe, Recipe | None) else os.fspath(recipe)
     recipe = recipe if isinstance(recipe, Recipe | None) else Recipe.read(recipe)
-    options = Options(target, mode, restore, token_map, allow_noop).over(recipe)
+    options = Options(target, mode, restore, token_map, allow_noop, dense_below).over(recipe)
     pipeline = options.checked(passes, recipe, path)
     options.check_never_slower(never_slower)
     prepared = prepare(model, args, kwargs, dynamic_shapes, any_model=not pipeline.passes)
@@ -224,6 +227,7 @@ def build(
 
 
 def _report(prepared: Prepared, result: Result, recipe: Recipe) -> Report:
+    from .break_even import below_text
     from .ledger import ledger
 
     graph, call = prepared.graph, prepared.call
@@ -240,7 +244,7 @@ def _report(prepared: Prepared, result: Result, recipe: Recipe) -> Report:
             {"index": s.index, "node": s.node, "role": s.role, "reason": s.reason or f"its role is {s.role}"}
             for s in skipped
         ),
-        notes=(prepared.note,) if prepared.note else (),
+        notes=tuple(filter(None, (prepared.note, below_text(recipe.options.get("dense_below", 0))))),
         versions=recipe.versions,
     )
 

@@ -233,8 +233,8 @@ def _chosen(
             at.setdefault(number, {}).setdefault(layer, []).extend(some)
     passes = tuple(replace(tried[number], layers=None, heads=places) for number, places in sorted(at.items()))
     if not passes:
-        best = f"{max(one.best for one in heads):.4f}"
-        raise NoPatternFound(least=found.least, budget=found.budget, best=best)
+        most = f"{max(one.best for one in heads):.4f}"
+        raise NoPatternFound(least=found.least, budget=found.budget, best=most)
     return replace(found, passes=passes, heads=tuple(heads))
 
 

@@ -119,6 +119,9 @@ def _add_result(group: Any) -> None:
         help="leave token outputs at the reduced length",
     )
     group.add_argument("--token-map", action="store_true", default=None, help="also output where every token went")
+    group.add_argument(
+        "--dense-below", type=_below, metavar="N", help="fewer tokens run the original; auto: measured (in Python only)"
+    )
     group.add_argument("--allow-noop", action="store_true", default=None, help="accept passes that change nothing")
 
 
@@ -259,6 +262,10 @@ def _dashed(argv: list[str]) -> list[str]:
 
     end = argv.index("--") if "--" in argv else len(argv)
     return [*map(dash, argv[:end]), *argv[end:]]
+
+
+def _below(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _fraction(text: str) -> float:

@@ -18,10 +18,11 @@ from ..plugins import load_plugin
 from ..report import Benchmark
 from ..rewrite import Pipeline
 from .api import Prepared, build, held_to, prepare
+from .break_even import find_break_even
 from .compiled import CompiledModel
 from .files import copy_companions, stem_of, whole_directory, write_text
 from .inputs import Call
-from .options import Options
+from .options import DEFAULTS, Options
 from .progress import Progress
 from .request import FOR_ONNX, Request
 
@@ -82,7 +83,9 @@ def _check(request: Request, step: Progress) -> dict[str, Any]:
 
 def _optimize(request: Request, step: Progress) -> CompiledModel:
     asked = request.options
-    options = Options(asked["target"], asked["mode"], asked["restore"], asked["token_map"], asked["allow_noop"])
+    looks = asked["dense_below"] == "auto"
+    options = Options(**{name: asked[name] for name in DEFAULTS} | ({"dense_below": 0} if looks else {}))
+    options.check_never_slower(looks)
     recipe = request.recipe
     may_be_none = replace(options, allow_noop=options.allow_noop or request.calibrate is not None)
     pipeline = may_be_none.checked(list(request.passes) or None, recipe, request.config)
@@ -100,6 +103,9 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
         step(f"comparing with the original on {request.verify}")
         compiled.report = compiled.report.with_changes(drift=_drift(compiled, request.verify))
     _hold_to_budget(compiled, request)
+    if looks:
+        step("timing it against the original at several lengths")
+        find_break_even(compiled)
     if request.bench:
         step("timing it against the original")
         _note_benchmark(compiled, compiled.benchmark())

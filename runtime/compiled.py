@@ -30,7 +30,7 @@ class CompiledModel(nn.Module):
     report   what changed, tokens per layer, FLOPs, drift (`print(fast.report)`)
     graph    the rewritten `TokenGraph`;  original: the captured one, None after `tamis.load`
     recipe   how it was made
-    guard    which sizes the original runs at, and why (`print(fast.guard)`); None unless never_slower=True
+    guard    which sizes the original runs at, and why (`print(fast.guard)`); None without never_slower or dense_below
 
     It is a module: `state_dict` has the original's keys, and parameters are shared with the original, so loading
     weights into one loads them into both.  `eval()` and `train()` only set the flag: the model was captured in eval
@@ -55,15 +55,14 @@ class CompiledModel(nn.Module):
         never_slower: bool = False,
     ) -> None:
         super().__init__()
-        self.graph = graph
-        self.original = original
+        self.graph, self.original = graph, original
         self.example_call = call
         self.recipe = recipe
         self.report = report
         self.target = target
         self.mode = mode
         self.token_map = token_map
-        self.guard = Guard(self.benchmark) if never_slower else None
+        self.guard = Guard.of(self, never_slower)
         self._inputs = Inputs.of(graph.program)
         self._positions = Tables(graph.program)
         self._callables: dict[str, Callable[..., Any]] = {}
@@ -250,6 +249,7 @@ class CompiledModel(nn.Module):
         """This model with an original to verify against and to time (a loaded one has none); changes it in place."""
         self.original = original
         self._callables.pop("original", None)
+        self.guard = Guard.again(self)
         return self
 
     @property
@@ -306,7 +306,7 @@ class CompiledModel(nn.Module):
         self.example_call = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), self.example_call)
         self.target = Target(device.type) if device.type in ("cpu", "cuda") else self.target
         self._callables.clear()
-        self.guard = None if self.guard is None else Guard(self.benchmark)  # what was timed elsewhere says nothing here
+        self.guard = Guard.again(self)  # what was timed elsewhere says nothing here
         self._adopt_weights()
         return self
 

@@ -176,6 +176,11 @@ def other_sizes(program: ExportedProgram, call: Call) -> list[Call]:
     return [resized for resized in calls if resized is not None]
 
 
+def at_length(program: ExportedProgram, call: Call, length: Any, tokens: int) -> Call | None:
+    """The call cut, or its last token repeated, to `tokens` tokens; length: the symbol.  None where it cannot be."""
+    return _resized(program, call, {length.node.expr: tokens})
+
+
 def _symbols_at(node: Any, dims: slice) -> set[Any]:
     sizes = list(getattr(node.meta.get("val"), "shape", ()))[dims]
     return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))

@@ -36,11 +36,17 @@ def ledger(graph: TokenGraph, outcomes: Sequence[Outcome], call: Call) -> tuple[
 
 def stream_length(graph: TokenGraph, call: Call) -> int | None:
     """Tokens in the stream before any reduction, for the lengths of this call."""
+    size = stream_size(graph)
+    return None if size is None else size_at(size, symbols_of(graph.program, call))
+
+
+def stream_size(graph: TokenGraph) -> Any:
+    """Tokens in the stream before any reduction, a number or a symbol; None without a stream."""
     for layer in graph.layers:
         for where in ("before_attention", "after_attention", "after_block"):
             name = layer.cut(where)
             if name is not None:
-                return size_at(graph.node(name).meta["val"].shape[1], symbols_of(graph.program, call))
+                return graph.node(name).meta["val"].shape[1]
     return None
 
 

@@ -25,6 +25,7 @@ class Options:
     restore: bool = True
     token_map: bool = False
     allow_noop: bool = False
+    dense_below: int = 0
 
     def over(self, recipe: Recipe | None) -> Options:
         """These options; those that have their default value become the recipe's."""
@@ -42,6 +43,9 @@ class Options:
             raise BadParameter(
                 where="compile", name="mode", rule=f"one of {', '.join(MODES)}", got=repr(self.mode), hint=hint
             )
+        if type(self.dense_below) is not int or self.dense_below < 0:
+            rule, hint = "a number of tokens, 0 or more", "tamis.find_break_even measures it."
+            raise BadParameter(where="compile", name="dense_below", rule=rule, got=repr(self.dense_below), hint=hint)
         pipeline = _parsed(passes, recipe, path)
         if not pipeline.passes and not self.allow_noop:
             raise BadParameter(
@@ -51,11 +55,11 @@ class Options:
 
     def check_never_slower(self, wanted: bool) -> None:
         """Raise BadParameter where original and result do not return the same things."""
-        if wanted and (self.token_map or not self.restore):
+        if (wanted or self.dense_below) and (self.token_map or not self.restore):
             got = "token_map=True" if self.token_map else "restore=False"
             raise BadParameter(
                 where="compile",
-                name="never_slower",
+                name="never_slower" if wanted else "dense_below",
                 rule="used where the original returns what the result does",
                 got=got,
                 hint="leave one of the two out.",

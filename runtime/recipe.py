@@ -27,7 +27,7 @@ from ..weight_errors import WeightsChanged
 from .embedded import read_extra, recipe_in_onnx
 from .files import write_text
 
-OPTIONS = ("target", "mode", "restore", "token_map", "allow_noop", "inline", "ort_contrib")
+OPTIONS = ("target", "mode", "restore", "token_map", "allow_noop", "inline", "ort_contrib", "dense_below")
 MAPPINGS = ("options", "plugins", "weights", "versions")
 KEYS = ("passes", "model", *MAPPINGS, "source_hash", "weights_hash")
 

@@ -159,11 +159,13 @@ def test_the_command_writes_patterns_into_the_recipe(tmp_path: Path, capsys: pyt
     data = tmp_path / "prompts.npz"
     np.savez(data, **{name: x.numpy() for name, x in prompt(2, 96, None, seed=3).items()})
     command = [f"{source}:llama", "--calibrate", str(data), "--budget", "0.4", "--min-recall", "0"]
+    command += ["--dense-below", "40"]
     assert main([*command, "-o", str(tmp_path / "a.pt2"), "--report", str(tmp_path / "a.json")]) == 0
     said = capsys.readouterr().out
     assert "calibrated on 2 prompts of up to 96 tokens" in said
     recipe = tamis.Recipe.read(tmp_path / "a.pt2")
     assert all("heads={0:[" in one for one in recipe.passes)
+    assert recipe.options == {"dense_below": 40}
     report = json.loads((tmp_path / "a.json").read_text())
     assert len(report["calibration"]["heads"]) == 4
     assert report["calibration"]["passes"] == list(recipe.passes)
