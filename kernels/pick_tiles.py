@@ -162,7 +162,7 @@ def flops(*_: Any, **__: Any) -> int:
 def samples() -> Iterator[tuple[Any, ...]]:
     """Argument tuples for the generic tests."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(2, 3, 5, 5, generator=generator)
+    scores = torch.rand(2, 2, 5, 5, generator=generator)
     lengths = torch.tensor([18, 9])
     yield scores, None, 4, True, True, True, [0, 2, 1], 1.0
     yield scores, lengths, 4, True, True, True, [1, 2, 3], 1.0
@@ -183,5 +183,6 @@ PICK_TILES = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
+        triton="pick_tiles",
     )
 )

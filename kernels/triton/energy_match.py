@@ -182,7 +182,8 @@ def work(
         **{"margin": margin, "alpha": alpha, "energy": row_scratch(metric, tokens, torch.float32)},
         **{name: row_scratch(metric, tokens, torch.int32) for name in ("order", "flag")},
     }
-    config = blocks(architecture, metric).having(MASKED=valid is not None, PAPER=paper, HALVES=halves)
+    config = blocks(architecture, metric, "energy_match_kernel")
+    config = config.having(MASKED=valid is not None, PAPER=paper, HALVES=halves)
     return [Launch(energy_match_kernel, (metric.shape[0],), arguments, config)], results
 
 

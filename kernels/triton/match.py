@@ -108,10 +108,10 @@ def empty_plan(like: Tensor, out: Any) -> tuple[Tensor, Tensor, Tensor]:
     return slot, leader, moved
 
 
-def blocks(architecture: Architecture, metric: Tensor) -> Config:
+def blocks(architecture: Architecture, metric: Tensor, kernel: str = "match_kernel") -> Config:
     """Of a matching of metric [..., D]; features are taken in pieces of at most BLOCK_D."""
     width = metric.shape[-1]
-    config = architecture.config("match_kernel", _NAMES[metric.dtype])
+    config = architecture.config(kernel, _NAMES[metric.dtype])
     piece = min(config.constants["BLOCK_D"], max(16, triton.next_power_of_2(width)))
     return config.having(WIDTH=width, BLOCK_D=piece)
 

@@ -52,9 +52,9 @@ def page_rank_kernel(
     batch_stride, head_stride, row_stride, column_stride, start_batch, start_token, kept_batch, kept_token,
     MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Everything; grid (heads, batch).  A token hands on `handed`, split as its row of the matrix says."""
-    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    own = (batch * tl.num_programs(0) + head) * tokens
+    """Everything; grid (batch, heads).  A token hands on `handed`, split as its row of the matrix says."""
+    batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    own = (batch * tl.num_programs(1) + head) * tokens
     matrix = attention + batch * batch_stride + head * head_stride
     for low in range(0, tokens, ROWS):
         row = low + tl.arange(0, ROWS)
@@ -103,7 +103,7 @@ def work(architecture: Architecture, attention: Tensor, start: Tensor, kept: Ten
         **dict(zip(("kept_batch", "kept_token"), (0, 0) if kept is None else kept.stride(), strict=True)),
     }
     config = architecture.config("page_rank_kernel").having(MASKED=kept is not None)
-    return [Launch(page_rank_kernel, (heads, batch), arguments, config)], result
+    return [Launch(page_rank_kernel, (batch, heads), arguments, config)], result
 
 
 def why_not(attention: Tensor, start: Tensor, kept: Tensor | None, steps: int) -> str:

@@ -13,7 +13,7 @@ from selection_oracle import energy_row, match_row, select_row
 import tamis.kernels  # noqa: F401  (registers the ops)
 from tamis.counts import ALL, HALF, CountRule, at_most, keep_at_least
 from tamis.kernels.triton import selection, twin_of
-from tamis.kernels.triton.architecture import Architecture
+from tamis.kernels.triton.architecture import Architecture, Config
 from tamis.kernels.triton.launch import run
 from tamis.op import OPS
 
@@ -21,7 +21,7 @@ MAKERS = ["bipartite_match", "match_keys", "select_tokens"]
 UNIT = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [2, 0, 0, 0], [0, 0, 4, 0]])  # exact in any order of summation
 
 
-def call(name: str, *args: Any) -> tuple[torch.Tensor, ...]:
+def call(name: str, *args: Any) -> Any:
     twin = twin_of(OPS[name])
     assert twin is not None
     assert not twin.why_not(*args)
@@ -170,3 +170,13 @@ def test_a_rule_that_kernels_cannot_say_is_refused_with_the_reason():
     twin = twin_of(OPS["bipartite_match"])
     assert twin.why_not(metric, None, 5, 1, rule) == "a count rule with 3 terms that grow with the tokens"
     assert twin.why_not(metric.double(), None, 5, 1, rule[:4]) == "a metric in torch.float64"
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.7])
+def test_tiles_are_picked_across_the_pieces_of_a_row(mass, monkeypatch):
+    """Equal scores on both sides of a piece's border, fewer and more than are read."""
+    small = Architecture.named("interpreter").having("pick_tiles_kernel", "*", Config({"TILE": 4}, 4, 1))
+    monkeypatch.setattr(Architecture, "of", lambda device: small)
+    scores = torch.randint(0, 4, (1, 1, 6, 11), generator=torch.Generator().manual_seed(2)).float() / 4
+    args = scores, torch.tensor([42]), 4, False, True, True, [1, 2, 3], mass
+    assert torch.equal(call("pick_tiles", *args), OPS["pick_tiles"].reference(*args))
