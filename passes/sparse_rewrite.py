@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class SparseInterpreter(Replay):
             layer=layer.index,
             layers=len(self.graph_.layers),
             window=window_of(site) or 0,
-            _before_rope=(lambda: self._before_rope(site.k_rotation, order)) if site.k_rotation else None,
+            _before_rope=partial(self._before_rope, site.k_rotation, order) if site.k_rotation else None,
             _rotate=lambda what, places: self._rotate(site, what, places, order),
         )
         return heads, order

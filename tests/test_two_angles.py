@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from decoders import DECODERS, Decoder, captured, prompt
-from sparse_oracle import expanded, fixture, recall
+from sparse_oracle import drawn, expanded, fixture, recall
 from torch import Tensor
 from two_angles_oracle import TwoPositions, attending, remembered, sinks
 
 import tamis
 from tamis.capture import capture
 from tamis.errors import NothingChanged
-from tamis.graph import TokenGraph
+from tamis.graph import Rotation, TokenGraph
 from tamis.passes.methods.infllm import InfLLM
 from tamis.passes.methods.lm_infinite import LMInfinite
 from tamis.passes.methods.streaming_llm import StreamingLLM
@@ -131,6 +131,22 @@ def test_models_without_rotary_embedding_are_refused() -> None:
         with pytest.raises(NothingChanged, match="no rotary position embedding was found"):
             Pipeline.parse(passes).run(graph)
     assert Pipeline.parse("streaming-llm").run(graph).changed
+
+
+def test_tables_without_a_row_for_each_token_are_refused_where_they_matter() -> None:
+    _, graph = captured("llama")
+    site = replace(graph.sites[0], k_rotation=Rotation("keys"))
+    assert "no table with a row for each token" in StreamingLLM(positions="slot").why_not_at(site)
+    assert StreamingLLM().why_not_at(site) == ""
+
+
+def test_some_heads_rotate_their_own() -> None:
+    heads = drawn(0, 5)
+    rotated = {"queries": heads.queries + 1, "keys": heads.keys + 2}
+    some_heads = replace(heads, _rotate=lambda what, places: rotated[what]).of([1, 2, 3])
+    place = torch.arange(5)
+    assert torch.equal(some_heads.queries_at(place), rotated["queries"][:, 1:])
+    assert torch.equal(some_heads.keys_at(place), rotated["keys"][:, [0, 1, 1]])
 
 
 @pytest.mark.parametrize(

@@ -58,4 +58,4 @@ class StreamingLLM(TwoAngles):
 
     def why_not_at(self, site: Site) -> str:
         """Positions of the prompt need no rotary embedding."""
-        return super().why_not_at(site) if self.positions == "slot" else AShape.why_not_at(self, site)
+        return super().why_not_at(site) if self.positions == "slot" else AShape().why_not_at(site)
