@@ -47,9 +47,19 @@ def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def row_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor], how: TwoPositions, scale: float, softcap: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: tuple[Tensor, Tensor],
+    how: TwoPositions,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
 ) -> Tensor:
-    """[H, N, D] in float64 for one row of real tokens; q and k rotated by `table`, keys repeated for every head."""
+    """[H, N, D] in float64 for one row of real tokens; q and k rotated by `table`, keys repeated for every head.
+
+    window  keys this far away and farther are not seen, whatever the method reads
+    """
     q, k, v, cos, sin = (x.double() for x in (q, k, v, *table))
     table = cos, sin
     place = torch.arange(q.shape[1])
@@ -62,7 +72,8 @@ def row_attention(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     near = (distance >= 0) & (distance < how.local)
     far = how.far(torch.where(near, logits, -torch.inf).softmax(-1), far_q, far_k) & (distance >= how.local)
-    return torch.where(near | far, logits, -torch.inf).softmax(-1) @ v
+    seen = (near | far) & (distance < (window or len(place)))
+    return torch.where(seen, logits, -torch.inf).softmax(-1) @ v
 
 
 def sinks(count: int) -> Far:
@@ -108,8 +119,8 @@ def attending(model: nn.Module, how: TwoPositions, mask: Tensor) -> Iterator[Non
         for b, real in enumerate(mask.bool()):
             table = model.model.rotary_emb(value, torch.arange(int(real.sum())).unsqueeze(0))
             rows = query[b, :, real], *(x[b, :, real].repeat_interleave(group, 0) for x in (key, value))
-            cosines = table[0][0], table[1][0]
-            out[b, :, real] = row_attention(*rows, cosines, how, rest["scaling"], rest.get("softcap")).to(out.dtype)
+            limits = rest["scaling"], rest.get("softcap"), rest.get("sliding_window")
+            out[b, :, real] = row_attention(*rows, (table[0][0], table[1][0]), how, *limits).to(out.dtype)
         return out.transpose(1, 2), None
 
     AttentionInterface.register("two-angles", attention)

@@ -112,7 +112,7 @@ class InfLLM(TwoAngles):
     def stand_in(self, heads: Heads, far: Heads, lse: Tensor) -> Tensor:
         """Means of the keys of each block that got most attention from near queries [B, Hk, M, group, D]."""
         batch, sets, tokens, size = heads.keys.shape
-        queries, keys, _, *near = arguments(self.window, heads)
+        queries, keys, _, *near = arguments(self.near_index, heads)
         got = torch.ops.tamis.block_sparse_received(queries, keys, lse, None, *near)
         count = (tokens + self.block - 1) // self.block
         place = (self.sink + torch.arange(count * self.block, device=got.device)).clamp(max=tokens - 1)

@@ -50,13 +50,13 @@ class TwoAngles(AShape):
         return self.local
 
     @property
-    def window(self) -> AttentionIndex:
+    def near_index(self) -> AttentionIndex:
         """The near part of every index."""
         return AttentionIndex(rows=64, local=self.local)
 
     def near(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Attention to the `local` nearest keys, and its log-sum-exp [B, H, N]."""
-        return attend_with_lse(self.window, heads)
+        return attend_with_lse(self.near_index, heads)
 
     def choose(self, heads: Heads, far: Heads, lse: Tensor) -> AttentionIndex:
         """The index, given the heads as they are, as far keys have it, and the log-sum-exp of near logits.
@@ -68,13 +68,16 @@ class TwoAngles(AShape):
     def attend(self, heads: Heads) -> Tensor:
         """Both parts in one softmax."""
         (out, lse), far = self.near(heads), self.far(heads)
+        if 0 < heads.window <= self.local:  # nobody sees farther
+            return out
         return merged(out, lse, *self._beyond(far, self.choose(heads, far, lse)))[0]
 
     def _beyond(self, far: Heads, index: AttentionIndex) -> tuple[Tensor, Tensor]:
         """Attention to the index's keys `local` tokens and more away, and its log-sum-exp."""
         later, rows = self.local, self.local // index.rows
         ends = None if far.lengths is None else (far.lengths - later).clamp(min=0)
-        delayed = replace(far, queries=pad(far.queries, (0, 0, 0, later))[:, :, later:], lengths=ends)
+        queries, window = pad(far.queries, (0, 0, 0, later))[:, :, later:], max(far.window - later, 0)
+        delayed = replace(far, queries=queries, lengths=ends, window=window)
         tiles = None if index.tiles is None else pad(index.tiles, (0, 0, 0, rows), value=-1)[:, :, rows:]
         out, lse = attend_with_lse(replace(index, tiles=tiles, local=0), delayed)
         return pad(out, (0, 0, later, 0))[:, :, :-later], pad(lse, (later, 0), value=-torch.inf)[:, :, :-later]
