@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,26 @@ class Machine:
 
         with torch.no_grad():
             return 1e-3 * do_bench_cudagraph(call, rep=50, return_mode="median")
+
+
+def run_parts(machine: Machine, parts: Iterable[Callable[[Machine], list[dict[str, Any]]]], out: Path | None) -> None:
+    """Measure part by part, print the rows, and write what there is after each part."""
+    result: dict[str, Any] = {
+        "rehearsal": machine.rehearse,
+        "ceilings": {"tflops": machine.flops / 1e12, "gbytes": machine.bytes / 1e9},
+        "rows": [],
+        "left_out": [],
+    }
+    for part in parts:
+        try:
+            result["rows"] += part(machine)
+        except Exception as error:  # the other parts still count, and what failed is in the file
+            if machine.rehearse:
+                raise
+            result["left_out"].append(f"{part.__name__}: {type(error).__name__}: {error}")
+        if out:
+            out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 def reductions(machine: Machine) -> list[dict[str, Any]]:
@@ -158,23 +178,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.rehearse or torch.cuda.is_available()):
         raise SystemExit("no CUDA device; --rehearse runs tiny sizes on the CPU")
-    machine = Machine(options.rehearse)
-    result: dict[str, Any] = {
-        "rehearsal": options.rehearse,
-        "ceilings": {"tflops": machine.flops / 1e12, "gbytes": machine.bytes / 1e9},
-        "rows": [],
-        "left_out": [],
-    }
-    for part in (reductions, statistics, long_attention):
-        try:
-            result["rows"] += part(machine)
-        except Exception as error:  # the other parts still count, and what failed is in the file
-            if options.rehearse:
-                raise
-            result["left_out"].append(f"{part.__name__}: {type(error).__name__}: {error}")
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    run_parts(Machine(options.rehearse), (reductions, statistics, long_attention), options.json)
 
 
 if __name__ == "__main__":

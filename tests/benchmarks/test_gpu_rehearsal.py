@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("script", ["gpu_models.py", "gpu_kernels.py"])
+@pytest.mark.parametrize("script", ["gpu_models.py", "gpu_kernels.py", "gpu_sparse.py"])
 def test_rehearsal(script, tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, str(FOLDER / script), "--rehearse", "--json", str(out)]
