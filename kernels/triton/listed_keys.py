@@ -12,23 +12,39 @@ from .attention_tiles import LN2, LOG2E, capped
 
 
 @triton.jit
+def loaded(place, there, column, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Rows [KEYS, D] of the memory at `place`, zeros where a row is not there and beyond WIDTH columns."""
+    if there is not None:
+        tile = tl.load(place, mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+    elif WIDTH != D:
+        tile = tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(place)
+    return tile
+
+
+@triton.jit
 def meet(
     mix, total, top, queries, k, v, key, there, seen, scale, cap, k_row, v_row,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
 ):  # fmt: skip
-    """Add keys [KEYS], those that are `there`, to the weighted values; `seen` [M, KEYS]: which query reads which."""
+    """Add keys [KEYS], those that are `there`, to the weighted values; `seen` [M, KEYS]: which query reads which.
+
+    Where `there` and `seen` are None all are there, and every query reads all.
+    """
     column, value_column = tl.arange(0, D), tl.arange(0, VALUE_D)
     place = key.to(tl.int64)[:, None]
-    tile = tl.load(k + place * k_row + column[None, :], mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+    tile = loaded(k + place * k_row + column[None, :], there, column, WIDTH, D)
     logits = tl.dot(queries, tl.trans(tile), input_precision="ieee")
     logits = logits * scale if cap is None else capped(logits, scale, cap)
-    logits = tl.where(seen, logits * LOG2E, -float("inf"))
+    logits = logits * LOG2E
+    if seen is not None:
+        logits = tl.where(seen, logits, -float("inf"))
     highest = tl.maximum(top, tl.max(logits, 1))
     shift = tl.where(highest == -float("inf"), 0.0, highest)  # a query that has read nothing yet has no maximum
     weights = tl.exp2(logits - shift[:, None])
     shrink = tl.exp2(top - shift)
-    inside = there[:, None] & (value_column < VALUE_WIDTH)[None, :]
-    values = tl.load(v + place * v_row + value_column[None, :], mask=inside, other=0.0)
+    values = loaded(v + place * v_row + value_column[None, :], there, value_column, VALUE_WIDTH, VALUE_D)
     mix = tl.dot(weights.to(values.dtype), values, mix * shrink[:, None], input_precision="ieee")
     return mix, total * shrink + tl.sum(weights, 1), highest
 
@@ -65,6 +81,44 @@ def over(
             mix, total, top, queries, k, v, place, there, seen, scale, cap, k_row, v_row,
             WIDTH, VALUE_WIDTH, D, VALUE_D,
         )  # fmt: skip
+    return mix, total, top
+
+
+@triton.jit
+def over_tiles(
+    mix, total, top, queries, query, there, bound, k, v, positions, tiles, count, within, stop, scale, cap,
+    k_row, v_row, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
+    KEYS: tl.constexpr, SPAN: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of SPAN keys that begin at tiles [count]: first those that every query reads whole, unmasked."""
+    WHOLE: tl.constexpr = positions is None and SPAN % KEYS == 0
+    earliest = tl.min(tl.where(there, query, 0x7FFFFFFF), 0)
+    reached = tl.min(tl.where(there, bound, 0x7FFFFFFF), 0)  # every query reads what is listed from `held` up to here
+    held = SINK
+    if LOCAL > 0:
+        reached = tl.minimum(reached, earliest - LOCAL)
+    if WINDOW > 0:
+        reached = tl.minimum(reached, earliest + (WINDOW - 1))
+        held = tl.maximum(tl.max(tl.where(there, query, 0), 0) - (WINDOW - 1), SINK)
+    if WHOLE:
+        for slot in range(0, count):
+            begin = tl.load(tiles + slot)
+            if begin >= held and begin + SPAN <= reached + 1:
+                for start in range(begin, begin + SPAN, KEYS):
+                    mix, total, top = meet(
+                        mix, total, top, queries, k, v, start + tl.arange(0, KEYS), None, None, scale, cap,
+                        k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D,
+                    )  # fmt: skip
+    for slot in range(0, count):
+        begin = tl.load(tiles + slot)
+        left = begin >= 0
+        if WHOLE:
+            left = left & ((begin < held) | (begin + SPAN > reached + 1))
+        if left:
+            mix, total, top = over(
+                mix, total, top, queries, query, bound, k, v, positions, begin, tl.minimum(begin + SPAN, within),
+                stop, scale, cap, k_row, v_row, WIDTH, VALUE_WIDTH, D, VALUE_D, KEYS, SINK, LOCAL, "listed", WINDOW,
+            )  # fmt: skip
     return mix, total, top
 
 

@@ -9,7 +9,7 @@ import torch
 from budgets import assert_within_budget, in_float64
 
 import tamis.kernels  # noqa: F401  (registers the ops)
-from tamis.kernels.triton import twin_of
+from tamis.kernels.triton import block_sparse_attention, twin_of
 from tamis.kernels.triton.launch import run
 from tamis.op import OPS
 
@@ -145,3 +145,22 @@ def test_keys_of_another_batch_size_are_refused(name):
     assert "batch sizes 1, 2" in twin.why_not(q, k[:1], *values, *rest)
     if values:
         assert "batch sizes 1, 2" in twin.why_not(q, k, *values, *rest)
+
+
+@pytest.mark.parametrize(
+    ("share", "sink", "local", "order", "causal"),
+    [("kv", 0, 0, False, True), ("query", 3, 12, True, True), ("kv", 2, 5, False, False)],
+)
+def test_whole_tiles_and_rows_by_length(share, sink, local, order, causal, monkeypatch):
+    """Tiles as wide as what is multiplied at once, over rows that are sorted by what they read."""
+    monkeypatch.setattr(block_sparse_attention, "ORDERED", 1)
+    monkeypatch.setattr(block_sparse_attention, "PROGRAMS", 5)
+    q, k, v = tensors(41, 41)
+    generator = torch.Generator().manual_seed(sink)
+    sets = 2 if share == "kv" else 4
+    starts = 16 * torch.rand(2, sets, 4, 3, generator=generator).argsort(-1)
+    tiles = torch.where(torch.rand(starts.shape, generator=generator) > 0.4, starts, -1).int()
+    columns = torch.where((tiles != 32).all(-1, keepdim=True), 37, -1).int()
+    positions = torch.rand(2, 2, 41, generator=generator).argsort(-1) if order else None
+    index = (tiles, columns, positions, torch.tensor([41, 30]), share, 12, 16, sink, local, 0, 3, 0.3, causal)
+    compare("block_sparse_attention_with_lse", q, k, v, *index)
