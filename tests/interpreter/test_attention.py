@@ -148,10 +148,10 @@ def test_keys_of_another_batch_size_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("share", "sink", "local", "order", "causal"),
-    [("kv", 0, 0, False, True), ("query", 3, 12, True, True), ("kv", 2, 5, False, False)],
+    ("share", "sink", "local", "order", "causal", "window"),
+    [("kv", 0, 0, False, True, 0), ("query", 3, 12, True, True, 0), ("kv", 2, 5, False, False, 30)],
 )
-def test_whole_tiles_and_rows_by_length(share, sink, local, order, causal, monkeypatch):
+def test_whole_tiles_and_rows_by_length(share, sink, local, order, causal, window, monkeypatch):
     """Tiles as wide as what is multiplied at once, over rows that are sorted by what they read."""
     monkeypatch.setattr(block_sparse_attention, "ORDERED", 1)
     monkeypatch.setattr(block_sparse_attention, "PROGRAMS", 5)
@@ -162,5 +162,21 @@ def test_whole_tiles_and_rows_by_length(share, sink, local, order, causal, monke
     tiles = torch.where(torch.rand(starts.shape, generator=generator) > 0.4, starts, -1).int()
     columns = torch.where((tiles != 32).all(-1, keepdim=True), 37, -1).int()
     positions = torch.rand(2, 2, 41, generator=generator).argsort(-1) if order else None
-    index = (tiles, columns, positions, torch.tensor([41, 30]), share, 12, 16, sink, local, 0, 3, 0.3, causal)
+    index = (
+        tiles,
+        columns,
+        positions,
+        torch.tensor([41, 30]),
+        share,
+        12,
+        16,
+        sink,
+        local,
+        0,
+        3,
+        0.3,
+        causal,
+        None,
+        window,
+    )
     compare("block_sparse_attention_with_lse", q, k, v, *index)
