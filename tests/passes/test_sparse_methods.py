@@ -145,6 +145,18 @@ def test_equal_tokens_give_numbers(name: str, value: float) -> None:
         torch.testing.assert_close(got.double(), attended(same, mask), rtol=1e-5, atol=1e-5)
 
 
+@every_index
+def test_whoever_chooses_can_share(name: str) -> None:
+    """A method without the parameter has one list for all heads, which none can choose from its own scores."""
+    method = small(name)
+    if not hasattr(method, "share"):
+        heads = drawn(10, 90)
+        index = method.index(heads)
+        assert index.share == "layer"
+        other = method.index(replace(heads, queries=heads.queries.flip(1)))
+        assert index.tiles is None or torch.equal(index.tiles, other.tiles)
+
+
 @pytest.mark.parametrize("share", ["layer", "kv", "query"])
 @pytest.mark.parametrize("name", [name for name in SMALL if hasattr(methods()[name], "share")])
 def test_a_shared_choice_is_one(name: str, share: str) -> None:
