@@ -67,7 +67,7 @@ def reference(
 ) -> Tensor:
     """See the module."""
     dtype, (batch, heads, tokens) = compute_dtype(q), q.shape[:3]
-    rows, before, after = _stretch(span, local, causal)
+    rows, before, after = _stretch(span, local, causal, tokens)
     count = (tokens + rows - 1) // rows
     q_rows = pad(q.to(dtype) * scale, (0, 0, 0, count * rows - tokens))
     first = torch.arange(count, device=q.device).unsqueeze(1) * rows
@@ -92,9 +92,9 @@ def reference(
     return out.transpose(1, 2)[:, :tokens].to(q.dtype).contiguous().transpose(1, 2)
 
 
-def _stretch(span: int, local: int, causal: bool) -> tuple[int, int, int]:
-    """Queries of a row, and how many keys before its first and after its last query they read."""
-    reach = -(-(local - 1) // span) * span
+def _stretch(span: int, local: int, causal: bool, tokens: Any) -> tuple[int, Any, Any]:
+    """Queries of a row, and how many keys before its first and after its last query they read, of all `tokens`."""
+    reach = torch.sym_min(-(-(local - 1) // span) * span, tokens)
     return span * max(1, ROW // span), reach, 0 if causal else reach
 
 
@@ -222,7 +222,7 @@ def flops(q: Any, k: Any, v: Any, summary_k: Any, *rest: Any, **_: Any) -> int:
     """Both products over all summaries and a row's stretch, at most N keys a query; causality halves nothing."""
     batch, heads, tokens, size = q
     span, local, _, causal = rest[5:9]
-    near = min(tokens, sum(_stretch(span, local, causal)))
+    near = min(tokens, sum(_stretch(span, local, causal, tokens)))
     return 2 * batch * heads * tokens * (near + summary_k[2]) * (size + v[3])
 
 
