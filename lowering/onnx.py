@@ -25,6 +25,7 @@ from .. import __version__
 from ..capture.onnx.wire import skeleton
 from ..errors import ExportFailed, TamisError
 from ..op import NAMESPACE
+from ..shape_names import dimension_names
 from . import onnx_names as names
 from .onnx_file import LIMIT, refuse_existing, write_whole
 from .onnx_nodes import add_functions, refuse_mean_scatter, symbolic_program, translations
@@ -156,7 +157,7 @@ def _name_all(
     outputs: Sequence[str] | None,
     dimensions: Mapping[str, str] | None,
 ) -> None:
-    names.rename_dimensions(model, {**names.dimension_names(program), **(dimensions or {})})
+    names.rename_dimensions(model, {**dimension_names(program), **(dimensions or {})})
     names.rename_values(model, model.graph.inputs, inputs or [str(value.name) for value in model.graph.inputs])
     names.rename_values(model, model.graph.outputs, outputs or names.output_names(program))
 

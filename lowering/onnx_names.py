@@ -82,24 +82,6 @@ def file_names(program: ExportedProgram, interface: Interface | None, *, token_m
     return {**found, "weight_names": interface.weights, "results": interface.results}
 
 
-def dimension_names(program: ExportedProgram) -> dict[str, str]:
-    """What the symbols of the program's inputs are: `batch` (first axis) or `sequence` (another axis).
-
-    Where inputs have axes of their own, later ones are `batch_2`, and so on.
-    """
-    names: dict[str, str] = {}
-    user_inputs = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        if node.op != "placeholder" or node.name not in user_inputs:
-            continue
-        for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
-            if isinstance(size, torch.SymInt) and str(size).isidentifier() and str(size) not in names:
-                stem = "sequence" if axis else "batch"
-                taken = sum(name.startswith(stem) for name in names.values())
-                names[str(size)] = f"{stem}_{taken + 1}" if taken else stem
-    return names
-
-
 def rename_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
     """Replace symbols by names in every shape of the model's graph, also inside expressions such as `197*s77`.
 

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from ..capture.masks import HIDDEN
 from ..capture.projections import projected
 from ..errors import MethodFailed, TamisError, TokenShapeConflict, TooManyRemoved
-from ..graph import Layer, Site, TokenGraph, shape_text
+from ..graph import Layer, Site, TokenGraph
 from ..rewrite import Outcome
+from ..shape_names import named, named_shape
 from ..tokens import Attention, Plan, Tokens
 from .outputs import token_map
 from .plans import in_order
@@ -89,7 +90,7 @@ class CutRunner:
         if why := method.why_not_at(tokens):
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
             return hidden
-        plan = plan_of(method, tokens)
+        plan = plan_of(method, tokens, self.graph)
         if plan is None:
             why = method.note(layer.index, len(self.graph.layers))
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
@@ -99,7 +100,7 @@ class CutRunner:
             raise MethodFailed(
                 where=f"layer {layer.index}",
                 method=method,
-                shape=shape_text(hidden),
+                shape=named_shape(hidden, self.graph.program),
                 reason="a merging plan without weights would lose the sizes",
                 hint="set Plan.weight=tokens.sizes.",
             )
@@ -250,7 +251,7 @@ class CutRunner:
         )
 
 
-def plan_of(method: Any, tokens: Tokens) -> Plan | None:
+def plan_of(method: Any, tokens: Tokens, graph: TokenGraph) -> Plan | None:
     """What a method decides for these tokens; an error of its own is answered with where it was asked."""
     try:
         plan: Plan | None = method.plan(tokens)
@@ -260,8 +261,8 @@ def plan_of(method: Any, tokens: Tokens) -> Plan | None:
         raise MethodFailed(
             where=f"layer {tokens.layer}",
             method=method,
-            shape=shape_text(tokens.hidden),
-            reason=f"{type(error).__name__}: {error}",
+            shape=named_shape(tokens.hidden, graph.program),
+            reason=named(f"{type(error).__name__}: {error}", graph.program),
             hint="a method is traced: plain torch, no branch on data.",
         ) from error
     return plan

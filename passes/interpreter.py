@@ -9,10 +9,11 @@ from torch.fx.traceback import set_current_meta
 
 from ..capture.closure import descendants
 from ..errors import PositionRead, TokenAxisUnsupported, TokenShapeConflict
-from ..graph import TokenGraph, op_name, shape_text, source_line
+from ..graph import TokenGraph, op_name, source_line
 from ..onnx_errors import OpaqueOnStream
 from ..opaque import carried_in, opaque_of
 from ..rewrite import Options, Outcome
+from ..shape_names import named_shape
 from .attention_rule import attend
 from .axis_rules import Call, rule_for
 from .axis_rules.indexing import ReadsPosition
@@ -180,8 +181,8 @@ class ReductionInterpreter(Replay):
             "node": opaque.node if opaque is not None else n.name,
             "method": method,
             "layer": layer,
-            "before": shape_text(first.meta.get("val")),
-            "after": shape_text(live),
+            "before": named_shape(first.meta.get("val"), self.graph_.program),
+            "after": named_shape(live, self.graph_.program),
         }
 
     def _outputs(self, n: fx.Node) -> list[Any]:

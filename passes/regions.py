@@ -129,7 +129,7 @@ class RegionInterpreter(ReductionInterpreter):
             carried=self._kept.get((id(block.method), block.start), {}),
             _tensors={"positions": state.positions},
         )
-        plan = plan_of(block.method, tokens)
+        plan = plan_of(block.method, tokens, self.graph_)
         assert plan is not None  # these methods all reduce
         block.plan, block.tokens = plan, tokens
         self._kept[id(block.method), block.start] = {**tokens.carried, **plan.carry}

@@ -15,8 +15,9 @@ from ..attention_index import Heads, key_heads, some_heads
 from ..capture.program import rebuild
 from ..error_text import first_line
 from ..errors import BadParameter, MethodFailed, TamisError
-from ..graph import Layer, Rotation, Site, TokenGraph, shape_text
+from ..graph import Layer, Rotation, Site, TokenGraph
 from ..rewrite import Outcome, Result
+from ..shape_names import named, named_shape
 from .cuts import real_tokens
 from .layer_choice import able
 from .replay import Replay
@@ -168,8 +169,8 @@ class SparseInterpreter(Replay):
             raise MethodFailed(
                 where=f"layer {layer.index}",
                 method=method,
-                shape=shape_text(heads.queries),
-                reason=f"{type(error).__name__}: {first_line(error)}",
+                shape=named_shape(heads.queries, self.graph_.program),
+                reason=named(f"{type(error).__name__}: {first_line(error)}", self.graph_.program),
                 hint="a method is traced: plain torch, no branch on data.",
             ) from error
         return out if order is None else take_rows(out, order[1], 2, 0)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputMismatch
 from ..graph import shape_text
+from ..shape_names import named_shape
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -110,7 +111,9 @@ def misfit(program: ExportedProgram, call: Call) -> str:
         if not isinstance(value, Tensor):
             return f"{node.name} is {'missing' if value is None else f'a {type(value).__name__}, not a tensor'}"
         if value.dtype != wanted.dtype or value.dim() != wanted.dim():
-            return f"{node.name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {shape_text(wanted)}"
+            return (
+                f"{node.name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {named_shape(wanted, program)}"
+            )
     return ""
 
 

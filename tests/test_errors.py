@@ -128,10 +128,8 @@ def test_reading_a_token_by_position_after_a_reduction():
     assert text.startswith(line_of("forward_features(images)[:, 5]"))
     assert (
         "reads token 5 by its position, but after tome:r=4 at layer 1 tokens have moved and only the first 1 stay in "
-        "place (shape was f32[" in text
+        "place (shape was f32[batch, 37, 96], is f32[batch, 29, 96])." in text
     )
-    assert ", 37, 96], is f32[" in text
-    assert ", 29, 96])." in text
     assert "node select" in text
     assert text.endswith("or keep the layers before this read unreduced (layers=...).")
 
@@ -150,7 +148,7 @@ def test_neighbour_differences_need_every_token():
     text = message(TokenAxisUnsupported, lambda: Pipeline.parse("random:r=4").run(reading(ReadsDifferences)))
     assert text.startswith(line_of("x[:, 2:] - x[:, 1:-1]"))
     assert "needs every token in its place, but random:r=4 at layer 1 dropped some for good" in text
-    assert "hint: use a merging pass (tome), which can be undone before this node, passthrough=true," in text
+    assert "hint: use a merging pass (tome), which can be undone before this node, passthrough=true (evit" in text
 
 
 def test_what_merging_can_undo_is_undone_before_such_a_read():
