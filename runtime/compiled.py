@@ -161,8 +161,8 @@ class CompiledModel(nn.Module):
         original = self._original("benchmark")
         call = self._call(args, kwargs)
         leaves = pytree.tree_leaves(call)
-        options = {"repeats": repeats, "shapes": _shapes(original, call), "contrib": ort_contrib}
-        return benchmark_onnx(original.program, path, leaves, **options)
+        shapes = _shapes(original, call)
+        return benchmark_onnx(original.program, path, leaves, contrib=ort_contrib, repeats=repeats, shapes=shapes)
 
     def export(
         self,
