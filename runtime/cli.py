@@ -120,7 +120,10 @@ def _add_result(group: Any) -> None:
     )
     group.add_argument("--token-map", action="store_true", default=None, help="also output where every token went")
     group.add_argument(
-        "--dense-below", type=_below, metavar="N", help="fewer tokens run the original; auto: measured (in Python only)"
+        "--dense-below",
+        type=_below,
+        metavar="N",
+        help="fewer tokens run the original, in Python; auto: measured",
     )
     group.add_argument("--allow-noop", action="store_true", default=None, help="accept passes that change nothing")
 
@@ -265,6 +268,8 @@ def _dashed(argv: list[str]) -> list[str]:
 
 
 def _below(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of tokens or auto, got {text}")
     return text if text == "auto" else int(text)
 
 

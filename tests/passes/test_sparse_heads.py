@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from decoders import captured, prompt
-from sparse_oracle import drawn
+from sparse_oracle import attended, drawn
 
 import tamis
 from tamis.attention_index import key_heads, some_heads
 from tamis.errors import BadParameter, NothingChanged
 from tamis.passes.methods.a_shape import AShape
 from tamis.passes.methods.block_sparse import BlockSparse
+from tamis.passes.sparse import SparseAttention
 from tamis.passes.sparse_rewrite import joined
+from tamis.registry import origin_of, registered_passes
 from tamis.rewrite import Pipeline, parse_passes
 
 WINDOW = "a-shape:sink=1,local=4"
@@ -90,6 +92,16 @@ def test_some_heads_and_their_keys() -> None:
     x = torch.arange(24.0).reshape(1, 6, 4, 1)
     assert torch.equal(some_heads(x, [0, 2, 3, 5]), x[:, [0, 2, 3, 5]])
     assert torch.equal(joined([([5, 0], x[:, [5, 0]]), ([1, 2, 3, 4], x[:, 1:5])]), x)
+
+
+@pytest.mark.parametrize("chosen", [[0, 1], [1, 2]])
+def test_every_method_takes_some_heads(chosen: list[int]) -> None:
+    """A whole group, whose heads share keys, and parts of two: at full budget dense attention of those heads."""
+    heads = drawn(4, 70)
+    known = registered_passes().values()
+    for method in (cls.full(70) for cls in known if issubclass(cls, SparseAttention) and origin_of(cls) == "tamis"):
+        got = method.attend(heads.of(chosen))
+        torch.testing.assert_close(got.double(), attended(heads)[:, chosen], rtol=1e-5, atol=1e-5, msg=method.name)
 
 
 def test_a_later_pass_takes_heads_from_an_earlier_one() -> None:

@@ -206,6 +206,7 @@ def test_what_cannot_be_calibrated_is_said(options: Any, error: type[Exception],
         (["--budget", "0.1"], "--budget without --calibrate"),
         (["--calibrate", "prompts.npz", "--config", "recipe.yaml"], "--calibrate and --config exclude each other"),
         (["--calibrate", "nowhere.npz"], "nowhere.npz: no such file"),
+        (["--pass", "a-shape", "--dense-below", "soon"], "must be a number of tokens or auto, got soon"),
     ],
 )
 def test_wrong_usage_is_said(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
