@@ -91,6 +91,11 @@ class SparseAttention(Pass):
     def full(cls, tokens: int) -> SparseAttention:
         """The method with so large a budget that attention over at most `tokens` tokens is dense."""
 
+    @classmethod
+    def takes_windows(cls) -> bool:
+        """Whether it reads within a window of the model's own; a method whose attention is its own does not."""
+        return cls.indexed and cls.attend is SparseAttention.attend
+
     @property
     def reads(self) -> str:
         """What a query reads, for the report."""
@@ -123,7 +128,7 @@ class SparseAttention(Pass):
         if site.mask.kind not in UNDERSTOOD:
             return "attention adds a mask or bias that is neither causal nor padding, which an index cannot say"
         window = window_of(site)
-        if window is None or (window and not self.indexed):
+        if window is None or (window and not self.takes_windows()):
             return f"attention has a window of its own, {site.mask.window}, and the method none within it"
         rotations = (site.q_rotation, site.k_rotation)
         if self.moves and any(rotation and not rotation.tables for rotation in rotations):

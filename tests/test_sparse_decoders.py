@@ -55,6 +55,18 @@ def test_a_full_budget_is_the_original(name: str, method: str) -> None:
         torch.testing.assert_close(got[real], original(model, inputs)[real], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 129, 1000])
+@pytest.mark.parametrize("name", [name for name, one in DECODERS.items() if one.rotary])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_budget_is_the_original_at_every_length(name: str, method: str, length: int) -> None:
+    model, result = sparse(name, method)
+    inputs = prompt(3, length, "mixed")
+    real = inputs["attention_mask"].bool()
+    got = logits(result.graph.program.module(), inputs)
+    torch.testing.assert_close(got[real], original(model, inputs)[real], rtol=1e-4, atol=1e-4)
+
+
 def test_no_table_of_all_pairs_is_left() -> None:
     """Padding is read from the mask [B, N] that the model was given, not from the causal one made of it."""
     _, dense = captured("llama")
