@@ -100,6 +100,17 @@ def test_prompts_within_the_window_are_dense(case: str) -> None:
         torch.testing.assert_close(answered(program, inputs), original(model, inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", some([(case, case == "farther") for case in CASES]))
+def test_later_tokens_change_nothing(case: str) -> None:
+    """A prompt's first 21 tokens, whole chunks of them, are answered as in the prompt of those alone."""
+    _, graph = decoder("llama")
+    program = Pipeline.parse(CASES[case][0]).run(graph).graph.program.module()
+    whole = prompt(2, 33, None)
+    some_of_it = {name: x[:, :21] for name, x in whole.items()}
+    got, alone = (answered(program, inputs).unflatten(0, (2, -1)) for inputs in (whole, some_of_it))
+    torch.testing.assert_close(got[:, :21], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_add_up_to_one_and_follow_the_mask() -> None:
     """The card's example, where nothing is rotated: what slots do to positions is in no logit."""
     heads = fixture()
