@@ -62,9 +62,12 @@ def attend_rows(
             ours = slice(s * heads // sets, (s + 1) * heads // sets)
             first = s * key_heads // sets
             theirs = slice(first, max((s + 1) * key_heads // sets, first + 1))
-            lists = [None if x is None else x[min(b, len(x) - 1), min(s, x.shape[1] - 1)] for x in index.lists]
+            tiles, columns = (
+                None if x is None else x[min(b, len(x) - 1), min(s, x.shape[1] - 1)]
+                for x in (index.tiles, index.columns)
+            )
             places = None if index.positions is None else inverse(index.positions[b, first].long())
-            for rows in _rows_of(*lists, places, index, end):
+            for rows in _rows_of(tiles, columns, places, index, end):
                 place = slice(rows.first, rows.end)
                 parts = q[b, ours, place], k[b, theirs], v[b, theirs]
                 out[b, place, ours], found = _attend(*parts, rows, masks, scale, softcap, lse)

@@ -195,6 +195,6 @@ def of_index(
     none = tensors[0].new_full((1, 1, 1, 1), -1, dtype=torch.int32)
     inputs = [*tensors, *(none if x is None else x for x in (tiles, columns))]
     inputs.append(none.squeeze(0) if positions is None else positions)
-    numbers = {"rows": rows, "width": width, "sink": sink, "local": local, "first": first, "last": last}
+    numbers: dict[str, Any] = {"rows": rows, "width": width, "sink": sink, "local": local, "first": first, "last": last}
     numbers |= {"scale": scale, "causal": int(causal), "softcap": softcap or 0.0, "window": window}
     return OnnxCall(function, [*inputs, [-1] if lengths is None else lengths], numbers)

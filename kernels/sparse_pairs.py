@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 MaybeTensor = Tensor | None
-SHARES = ("layer", "kv", "query")
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,9 @@ class Pairs:
     def of(*arguments: Any) -> tuple[Pairs, float, float | None]:
         """Of block_sparse_attention's arguments behind q, k and v; with the scale and the soft cap."""
         given = (*arguments, *(None, 0)[len(arguments) - len(fields(Pairs)) :])
-        *lists, scale, causal, softcap, window = given
-        return Pairs(*lists, causal, window), scale, softcap
-
-    @property
-    def lists(self) -> tuple[MaybeTensor, MaybeTensor]:
-        """Tiles and columns."""
-        return self.tiles, self.columns
+        *who, scale, causal, softcap, window = given
+        named = [one.name for one in fields(Pairs)]
+        return Pairs(**dict(zip(named, (*who, causal, window), strict=True))), scale, softcap
 
     def sets(self, heads: int, key_heads: int) -> int:
         """How many heads have keys of their own: 1 where all share a list and the order of keys in memory."""
@@ -67,7 +62,10 @@ def gathered(index: Pairs, tokens: Any, heads: int, key_heads: int, device: torc
         *(_by_place(order, part, tokens) for part in _listed(index, sets, count, device)),
     ]
     batch = max_of([x.shape[0] for place, position, _ in parts for x in (place, position)])
-    places, positions = (torch.cat([part[i].expand(batch, sets, count, -1) for part in parts], -1) for i in (0, 1))
+    places, positions = (
+        torch.cat([x.expand(batch, sets, count, -1) for x in some], -1)
+        for some in ([part[0] for part in parts], [part[1] for part in parts])
+    )
     seen = torch.cat([_read(index, queries, part).expand(batch, sets, count, -1, -1) for part in parts], -1)
     end = tokens if index.lengths is None else index.lengths.reshape(-1, 1, 1, 1)
     there = (positions >= 0) & (positions < end)

@@ -16,6 +16,7 @@ from tamis.passes.index_pairs import held
 from tamis.passes.methods.a_shape import AShape, TriShape
 from tamis.passes.methods.block_sparse import BlockSparse
 from tamis.passes.methods.longformer import Longformer
+from tamis.passes.methods.pbs import PBS
 from tamis.passes.methods.vertical_slash import VerticalSlash
 from tamis.rewrite import Pipeline
 from tamis.runtime.recall import recalls
@@ -84,6 +85,8 @@ def test_a_choice_is_made_from_the_heads_of_each_layer() -> None:
         Longformer(window=12, first=2),
         VerticalSlash(columns=8, slashes=6, sink=2, near=3, estimate=8, block=8),
         BlockSparse(density=0.3, block=8, share="layer"),
+        PBS(density=0.5, block=8, segment=16, threshold=0.4),
+        PBS(density=0.5, block=8, segment=16, threshold=0.4, share="layer"),
     ],
     ids=lambda one: one.name,
 )
