@@ -74,6 +74,7 @@ def _of_tiles(x: float, tokens: int) -> dict[str, Any]:
 KNOBS: dict[str, Knob] = {
     "a-shape": _static,
     "tri-shape": lambda x, tokens: {**_static(x, tokens), "last": tile(tokens)},
+    "lm-infinite": lambda x, tokens: {"local": max(1, round(x * tokens))},
     "streaming-llm": lambda x, tokens: {"local": max(1, round(x * tokens))},
     "longformer": lambda x, tokens: {"window": 2 * round(x * tokens)},
     "bigbird": lambda x, tokens: {"block": tile(tokens), "random": round(64 * x)},

@@ -22,6 +22,7 @@ from zoo import draw
 from tamis.capture import capture
 from tamis.graph import TokenGraph
 from tamis.passes.methods.block_sparse import BlockSparse
+from tamis.passes.methods.lm_infinite import LMInfinite
 from tamis.rewrite import Pipeline
 
 RUN = {"date": "2026-01-01", "commit": "0123456789", "machine": "x86_64", "versions": {"torch": "2.15"}}
@@ -42,9 +43,9 @@ def ids(length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_method_spliced_in_computes_what_the_rewritten_graph_computes() -> None:
+@pytest.mark.parametrize("method", [BlockSparse(density=0.3, block=8), LMInfinite(sink=4, local=24)], ids=str)
+def test_a_method_spliced_in_computes_what_the_rewritten_graph_computes(method: Any) -> None:
     model, graph = decoder()
-    method = BlockSparse(density=0.3, block=8)
     prompt = ids(75)
     watched = Watched(method)
     hidden, filled = Spliced(graph, watched)(prompt)
