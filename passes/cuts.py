@@ -38,6 +38,7 @@ class CutRunner:
         self.first_hidden: Tensor | None = None
         self._counted: set[str] = set()
         self._memory: dict[int, dict[str, Tensor]] = {}  # by a method's id
+        self.seen: dict[int, tuple[TokenReduction, Tokens]] = {}  # by a method's id: the tokens that it saw last
         self._carried: dict[int, tuple[int, dict[str, Tensor]]] = {}  # by a method's id: since which epoch, and what
 
     def at(self, node: fx.Node, value: Any) -> Any:
@@ -87,6 +88,7 @@ class CutRunner:
         out = torch.ops.tamis.token_count(hidden, 1, self.graph.prefix, rule.flat())
         out = out + rule.appended if rule.appended else out
         tokens = self._tokens(method, hidden, rule, out, layer, site)
+        self.seen[id(method)] = method, tokens
         if why := method.why_not_at(tokens):
             self.outcomes.append(Outcome(str(method), layer.index, site.node, False, why))
             return hidden

@@ -195,6 +195,9 @@ class ReductionInterpreter(Replay):
                 if self.state is not None and self.state.dropped_by(axes.epoch) and not self._lost(node):
                     value = without_padding(value, axes, self.state)
             values.append(value)
+        state = self.graph_.layers[-1].after_block if self.graph_.layers else None
+        for method, tokens in self.cuts.seen.values():
+            values = values if state is None else method.answer(values, self.value_of(state), tokens)
         if self.options.token_map:
             values.append(token_map(self.state, self.cuts.first_hidden, self.cuts.valid()))
         return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..counts import ALL, CountRule, Term, at_most, keep_at_least
 from ..errors import BadParameter
@@ -20,6 +20,9 @@ from ..schedule import Schedule
 from ..tokens import Plan, Tokens
 from .layer_choice import chosen_layers, read_layers
 from .properties import PRUNING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEEP_ONE: Term = (1, -1, 1)
 
@@ -166,6 +169,13 @@ class TokenReduction(Pass):
     def note(self, layer: int, layers: int) -> str:
         """What the report says of the method's choices at a layer, where its parameters do not; "" for nothing."""
         return ""
+
+    def answer(self, outputs: list[Any], state: Tensor, tokens: Tokens) -> list[Any]:
+        """The program's outputs, where the method has a head of its own.  Traced.
+
+        state   [B, N, C] of the stream behind the last block;  tokens  as the method saw them last
+        """
+        return outputs
 
     def apply(self, graph: TokenGraph, options: Options) -> Result:
         """Rewrite with this method alone."""

@@ -57,7 +57,8 @@ def check_model(
     from ..capture.analysis import near_misses
 
     layer_of = {layer.site: layer for layer in graph.layers}
-    tried = [(one.name, one) for one in passes] or [(n, _with_defaults(cls)) for n, cls in registered_passes().items()]
+    asked: list[tuple[str, Pass | None]] = [(one.name, one) for one in passes]
+    tried = asked or [(name, _with_defaults(cls)) for name, cls in registered_passes().items()]
     checked = []
     for name, one in tried:
         step(f"trying {name}")
@@ -192,7 +193,7 @@ def _kind(graph: TokenGraph, layer: Layer) -> str:
         None if turn is None else (turn.axes, [axes for _, *axes in turn.tables])
         for turn in (site.q_rotation, site.k_rotation)
     ]
-    names = {"index": 0, "node": "", "q": "", "k": "", "v": "", "module": "", "source": ""}
+    names: dict[str, Any] = {"index": 0, "node": "", "q": "", "k": "", "v": "", "module": "", "source": ""}
     plain = dataclasses.replace(site, mask=mask, q_rotation=None, k_rotation=None, **names)
     shapes = [str(graph.node(name).meta["val"].shape) for name in (site.q, site.k, site.v)]
     return str((plain, turns, shapes))

@@ -9,27 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from family import text_inputs
+from family import draw, text_inputs
 from rewriting import assert_equal_outputs, captured, run
 from test_onnx_zoo import run_file
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import FAMILIES, timm_model
 from zoo_text import CLIP_TEXT
 
 import tamis
 from tamis.capture import capture
+from tamis.errors import BadParameter, NothingChanged
 from tamis.lowering.onnx import export_onnx
 from tamis.passes import CLCA, EViT, TokenReduction, match_plan
 from tamis.rewrite import Pipeline
 from tamis.tokens import Plan, Tokens
+from tamis.weight_errors import WeightsMismatch
 
 DEPTH = 6
+NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @cache
 def model(dtype: torch.dtype = torch.float64) -> Any:
     options = {"embed_dim": 48, "num_heads": 3, "num_classes": 10, "img_size": 64}
-    return timm_model("deit_tiny_distilled_patch16_224", **options)(DEPTH).to(dtype).eval()
+    return draw(timm_model("deit_tiny_distilled_patch16_224", **options)(DEPTH)).to(dtype).eval()
 
 
 def images(batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,9 +45,18 @@ def graph(dtype: torch.dtype = torch.float64) -> Any:
 
 
 @torch.no_grad()
-def by_hand(net: Any, x: Tensor, keep: float, reduce_at: list[int], recover_at: list[int]) -> tuple[Tensor, list[int]]:
-    """EViT and the cache on a distilled DeiT: logits and the tokens behind every block."""
-    x, kept, counts = net._pos_embed(net.patch_embed(x)), [], []
+def by_hand(
+    net: Any,
+    x: Tensor,
+    keep: float,
+    reduce_at: list[int],
+    recover_at: list[int],
+    parts: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, list[int]]:
+    """EViT and the cache on a distilled DeiT, trained parts or none: logits and the tokens behind every block."""
+    x, kept, counts, classes = net._pos_embed(net.patch_embed(x)), [], [], []
+    carriers = (parts or {}).get("carriers", torch.zeros(0, 48)).to(x.dtype)
+    x = torch.cat([x, carriers.expand(len(x), -1, -1)], 1)
     for layer, block in enumerate(net.blocks):
         attn = block.attn
         q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -60,10 +72,76 @@ def by_hand(net: Any, x: Tensor, keep: float, reduce_at: list[int], recover_at: 
         x = x + block.mlp(block.norm2(x))
         if layer in recover_at:
             x, kept = torch.cat([x, *kept], 1), []
-        kept.append(x[:, 2:].mean(1, keepdim=True))
+        own = x.shape[1] - len(carriers)
+        kept += [x[:, 2:own].mean(1, keepdim=True), x[:, own:]]
         counts.append(x.shape[1])
+        if (layer in recover_at and layer != DEPTH - 2) or layer == DEPTH - 1:
+            classes.append(x[:, 0])
+    if parts is not None and "head.conv1.weight" in parts:
+        return head(torch.stack(classes, 2), parts), counts
     x = net.norm(x)
     return (net.head(x[:, 0]) + net.head_dist(x[:, 1])) / 2, counts
+
+
+def head(classes: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """Scores from class tokens [B, C, M], by torch's modules."""
+    width, reads = classes.shape[1:]
+    layers = nn.Sequential(
+        nn.BatchNorm1d(width),
+        nn.Conv1d(width, 2 * width, reads, groups=width),
+        nn.BatchNorm1d(2 * width),
+        nn.GELU(),
+        nn.Conv1d(2 * width, len(parts["head.conv2.bias"]), 1),
+    )
+    for name, layer in {"norm1": layers[0], "conv1": layers[1], "norm2": layers[2], "conv2": layers[4]}.items():
+        own = {key.rpartition(".")[2]: value for key, value in parts.items() if key.startswith(f"head.{name}.")}
+        missing, surplus = layer.load_state_dict(own, strict=False)
+        assert (set(missing) - {"num_batches_tracked"}, surplus) == (set(), [])
+    return layers.double().eval()(classes).squeeze(2)
+
+
+def trained(carriers: int, reads: int = 3, classes: int = 10) -> dict[str, Tensor]:
+    """Random parts for C = 48; without carriers or class tokens to read that part is left out."""
+    shapes: dict[str, tuple[int, ...]] = {"carriers": (carriers, 48)} if carriers else {}
+    if reads:
+        shapes |= {f"head.norm1.{one}": (48,) for one in NORM} | {f"head.norm2.{one}": (96,) for one in NORM}
+        shapes |= {"head.conv1.weight": (96, 1, reads), "head.conv1.bias": (96,)}
+        shapes |= {"head.conv2.weight": (classes, 96, 1), "head.conv2.bias": (classes,)}
+    generator = torch.Generator().manual_seed(carriers)
+    return {
+        name: torch.rand(shape, generator=generator) + (0.5 if name.endswith("var") else -0.5)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(("carriers", "reads"), [(2, 3), (1, 0), (0, 3)])
+def test_trained_parts_behind_evit_equal_the_forward_by_hand(carriers: int, reads: int) -> None:
+    parts = trained(carriers, reads)
+    result = Pipeline((EViT(keep_ratio=0.5), CLCA(weights=parts))).run(graph())
+    for batch in (1, 3):
+        expected, counts = by_hand(model(), images(batch), 0.5, [1, 3, 4], [1, 3, 4], parts)
+        assert_equal_outputs(run(result, ((images(batch),), {})), [expected], 1e-5)
+    after = [one.after for one in result.outcomes if one.applied and one.pass_name.startswith("clca")]
+    assert after == [18 + carriers] * (carriers > 0) + [counts[layer] for layer in (1, 3, 4)]
+
+
+def test_trained_parts_in_onnx_runtime(tmp_path: Path) -> None:
+    parts, x = trained(2), images(4)
+    result = Pipeline((EViT(keep_ratio=0.5), CLCA(weights=parts))).run(graph(torch.float32))
+    export_onnx(result.graph.program, tmp_path / "model.onnx")
+    got = run_file(tmp_path / "model.onnx", {"x": x.float().numpy()})
+    assert_equal_outputs([torch.from_numpy(got[0])], [by_hand(model(), x, 0.5, [1, 3, 4], [1, 3, 4], parts)[0]], 1e-4)
+
+
+def test_trained_parts_that_do_not_fit() -> None:
+    with pytest.raises(BadParameter, match="below 5 with trained parts"):
+        CLCA(weights=trained(1), layers=[5]).recoveries(6)
+    for parts, reason in ((trained(1, reads=2), "reads 2 class tokens"), (trained(1, classes=7), "gives 7 scores")):
+        assert reason in CLCA(weights=parts).why_not(graph())
+    with pytest.raises(WeightsMismatch, match=r"norm1\.running_var missing"):
+        Pipeline((CLCA(weights={k: v for k, v in trained(1).items() if k != "head.norm1.running_var"}),)).run(graph())
+    with pytest.raises(NothingChanged, match="may be padding"):
+        Pipeline((CLCA(weights={"carriers": torch.zeros(1, 48)}, layers=[0]),)).run(captured("bert"))
 
 
 @pytest.mark.parametrize("recover_at", [None, [0, 2, 5]])
