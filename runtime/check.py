@@ -188,7 +188,7 @@ def _outcomes(one: Pass, graph: TokenGraph) -> tuple[Outcome, ...]:
 def _kind(graph: TokenGraph, layer: Layer) -> str:
     """All that a method may know of a layer's attention, but for what it is called and where it stands."""
     site = graph.sites[layer.site]
-    mask = dataclasses.replace(site.mask, node=None)
+    mask = dataclasses.replace(site.mask, node=None, real=None)
     turns = [
         None if turn is None else (turn.axes, [axes for _, *axes in turn.tables])
         for turn in (site.q_rotation, site.k_rotation)
