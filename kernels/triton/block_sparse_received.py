@@ -7,6 +7,7 @@ only; it keeps the sums, so that nothing is added from two places and the same n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -158,8 +159,8 @@ def why_not(q: Tensor, k: Tensor, *_: Any) -> str:
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
-    """Those of block_sparse_attention, with a weight for each query."""
-    for q, k, _, *index in block_sparse_attention.examples():
+    """Of block_sparse_attention's the one with tiles and columns, with a weight for each query."""
+    for q, k, _, *index in islice(block_sparse_attention.examples(), 2, 3):
         lse, weight = (torch.empty(shape, device="meta") for shape in (q.shape[:3], (q.shape[0], q.shape[2])))
         yield q, k, lse, weight, *index
 
