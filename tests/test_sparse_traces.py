@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoders import captured, prompt
 from sparse_oracle import drawn
-from sparse_registry import every_index, every_method, small
+from sparse_registry import SMALL, every_index, every_method, small
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 import tamis
 
 OF_DATA = {"_local_scalar_dense", "item", "nonzero", "unique", "unique_dim", "masked_select", "is_nonzero", "equal"}
+QUICK = ("block-sparse", "hip", "routing", "vertical-slash")  # tracing takes a second or more
 
 
-@every_method
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in SMALL])
 def test_nothing_waits_for_data(name: str) -> None:
     """T16: traced at symbolic sizes, no node fetches a number and no size comes from one."""
     heads, method = drawn(20, 70, lengths=[70, 33]), small(name)
