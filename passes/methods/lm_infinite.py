@@ -44,6 +44,11 @@ class TwoAngles(AShape):
     moves = True
     at_origin: ClassVar[bool] = True  # whether far keys stand at the position of the first token, or at their own
 
+    @classmethod
+    def takes_windows(cls) -> bool:
+        """Both parts are over an index, which is read within the window."""
+        return True
+
     @property
     def reach(self) -> int:
         """Place whose position far keys see their queries at; queries before it keep their own."""
