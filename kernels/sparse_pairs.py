@@ -61,6 +61,9 @@ def gathered(index: Pairs, tokens: Any, heads: int, key_heads: int, device: torc
         *(_by_position(order, part, tokens) for part in _implicit(index, first)),
         *(_by_place(order, part, tokens) for part in _listed(index, sets, count, device)),
     ]
+    if not parts:
+        none = (first * 0 - 1)[None, None]
+        parts = [(none, none, "listed")]
     batch = max_of([x.shape[0] for place, position, _ in parts for x in (place, position)])
     places, positions = (
         torch.cat([x.expand(batch, sets, count, -1) for x in some], -1)

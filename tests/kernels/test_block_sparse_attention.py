@@ -62,6 +62,21 @@ def test_a_full_index_is_dense_attention(tokens: int, group: int, attend: Any) -
 
 
 @both
+@pytest.mark.parametrize("share", ["layer", "kv", "query"])
+def test_an_index_may_name_nothing(share: str, attend: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(2, 4, 9, 8, generator=generator)
+    k, v = (torch.randn(2, 2, 9, 8, generator=generator) for _ in range(2))
+    assert not attend(q, k, v, None, None, None, None, share, 4, 1, 0, 0, 0, 0, 0.3, True).any()
+    got = attend(q, k, v, None, None, None, torch.tensor([9, 5]), share, 4, 1, 0, 0, 0, 2, 0.3, True)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(got[0, :, 7:], expected[0, :, 7:])
+    torch.testing.assert_close(got[1, :, 3:5], expected[1, :, 3:5])
+    rest = torch.cat([got[0, :, :7], got[1, :, :3], got[1, :, 5:]], 1)
+    assert not rest.any()
+
+
+@both
 def test_head_h_reads_key_head_h_over_group(attend: Any) -> None:
     q, k = torch.zeros(1, 6, 5, 4), torch.zeros(1, 3, 5, 4)
     v = torch.arange(3.0).reshape(1, 3, 1, 1).expand(1, 3, 5, 4)
