@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..sparse_errors import IndexBroken
-from .sparse_pairs import MaybeTensor, Pairs, gathered
+from .sparse_pairs import Pairs, gathered
 
 
 def asked_for() -> bool:
@@ -19,13 +19,14 @@ def asked_for() -> bool:
     return os.environ.get("TAMIS_CHECK_INDEX", "") not in ("", "0")
 
 
-def check_index(index: Pairs, tokens: int, heads: int, key_heads: int) -> None:
+def check_index(index: Pairs, tokens: int, heads: int, key_heads: int, *, part: bool = False) -> None:
     """Check the values of an index for `tokens` queries and keys.
 
     Lists have a row for every `rows` queries and one set for each who shares; tiles are ascending, do not overlap, and
-    come before unused entries, as columns do; all begin inside the sequence, and where attention is causal and keys lie
-    in order before the row ends; no column is in a tile; `positions` name every token once; every real token reads
-    some key.
+    come before unused entries; columns are ascending, unused entries anywhere among them; all begin inside the
+    sequence, and where attention is causal and keys lie in order before the row ends; no column is in a tile;
+    `positions` name every token once; every real token reads some key, unless the index is but a `part` of what is
+    read.
 
     Raises:
         IndexBroken: the first rule that does not hold, and where.
@@ -42,7 +43,8 @@ def check_index(index: Pairs, tokens: int, heads: int, key_heads: int) -> None:
     if index.positions is not None:
         named = index.positions.sort(-1).values
         _expect(named == torch.arange(tokens), "positions name every token once", index.positions)
-    _check_rows(index, tokens, heads, key_heads)
+    if not part:
+        _check_rows(index, tokens, heads, key_heads)
 
 
 def _check_lists(index: Pairs, name: str, lists: Tensor, width: int, sets: int, tokens: int) -> None:
@@ -50,10 +52,13 @@ def _check_lists(index: Pairs, name: str, lists: Tensor, width: int, sets: int, 
     if tuple(lists.shape[1:3]) != (sets, count):
         rule = f"{name} of {sets} sets (share={index.share}) and {count} rows of {index.rows} are expected"
         raise IndexBroken(rule=rule, got=f"they are {list(lists.shape)}")
+    if not lists.numel():
+        return
     used = lists >= 0
     _expect((lists >= -1) & (lists < tokens), f"{name} begin at places 0 to {tokens - 1}, unused ones at -1", lists)
-    _expect(used[..., :-1] | ~used[..., 1:], f"unused {name} come last", lists)
-    apart = lists[..., 1:] - lists[..., :-1] >= width
+    if name == "tiles":
+        _expect(used[..., :-1] | ~used[..., 1:], "unused tiles come last", lists)
+    apart = lists[..., 1:] - lists.cummax(-1).values[..., :-1] >= width
     _expect(apart | ~used[..., 1:], f"{name} of a row are ascending and {width} or more apart", lists)
     if index.causal and index.positions is None:
         ends = ((torch.arange(count) + 1) * index.rows).unsqueeze(1)
@@ -62,15 +67,12 @@ def _check_lists(index: Pairs, name: str, lists: Tensor, width: int, sets: int, 
 
 def _check_rows(index: Pairs, tokens: int, heads: int, key_heads: int) -> None:
     """Every real token reads a key."""
-    parts = (index.sink, index.local, index.tiles is not None, index.columns is not None)
-    seen: MaybeTensor = None
-    if any(parts):
-        _, pairs = gathered(index, tokens, heads, key_heads, torch.device("cpu"))
-        seen = pairs.any(-1).flatten(2)[..., :tokens]
+    _, pairs = gathered(index, tokens, heads, key_heads, torch.device("cpu"))
+    seen = pairs.any(-1).flatten(2)[..., :tokens]
     ends = torch.tensor([tokens]) if index.lengths is None else index.lengths
     query = torch.arange(tokens)
     dense = (query < index.first) | (query >= ends.unsqueeze(1) - index.last) | (query >= ends.unsqueeze(1))
-    reads = dense.unsqueeze(1) if seen is None else seen | dense.unsqueeze(1)
+    reads = seen | dense.unsqueeze(1)
     _expect(reads, "every real token reads a key", query.expand(reads.shape))
 
 

@@ -10,37 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_cases import drawn_case
-from sparse_oracle import drawn
+from sparse_oracle import attended, drawn, expanded
+from sparse_registry import every_index, small
 
 from tamis.kernels.check_index import check_index
 from tamis.kernels.sparse_pairs import Pairs
-from tamis.passes.sparse import SparseAttention, arguments
-from tamis.registry import origin_of, registered_passes
+from tamis.passes.sparse import arguments
 from tamis.sparse_errors import IndexBroken
 
-OWN = {"minference"}  # reads its patterns from a file
 
-
-def methods() -> list[str]:
-    known = registered_passes().items()
-    ours = [(name, cls) for name, cls in known if issubclass(cls, SparseAttention) and origin_of(cls) == "tamis"]
-    return [name for name, cls in ours if cls.indexed and name not in OWN]
-
-
-SMALL: dict[str, dict[str, Any]] = {"block": {"block": 8}, "segment": {"segment": 16}, "density": {"density": 0.4}}
-
-
-@pytest.mark.parametrize("name", methods())
+@every_index
 def test_the_index_of_every_method_keeps_the_rules(name: str) -> None:
-    cls: Any = registered_passes()[name]
-    fields = cls.__dataclass_fields__
-    small = {key: value for field, part in SMALL.items() if field in fields for key, value in part.items()}
-
     @settings(max_examples=6, deadline=None, derandomize=True)
     @given(st.integers(1, 70), st.integers(0, 99), st.booleans())
     def check(tokens: int, seed: int, padded: bool) -> None:
         heads = drawn(seed, tokens, size=8, lengths=[tokens, max(1, tokens // 2)] if padded else None)
-        index, *_ = Pairs.of(*arguments(cls(**small).index(heads), heads)[3:])
+        index, *_ = Pairs.of(*arguments(small(name).index(heads), heads)[3:])
         check_index(index, tokens, 4, 2)
 
     check()
@@ -52,6 +37,7 @@ BROKEN = [
     ({"tiles": [[-1, 0]]}, "unused tiles come last"),
     ({"tiles": [[4, -1], [0, -1]], "rows": 4}, "tiles begin before the last query"),
     ({"tiles": [[0, 40]]}, "tiles begin at places 0 to 7"),
+    ({"columns": [[3, -1, 1]]}, "columns of a row are ascending"),
     ({"columns": [[1, 1]]}, "columns of a row are ascending and 1 or more apart"),
     ({"tiles": [[0, -1]], "columns": [[3, -1]]}, "no column is in a tile"),
     ({"tiles": [[4, -1]]}, "every real token reads a key"),
@@ -83,6 +69,15 @@ def test_drawn_indices_are_checked_where_the_environment_asks(monkeypatch: pytes
         monkeypatch.setenv("TAMIS_CHECK_INDEX", "1")
         with pytest.raises(IndexBroken, match=r"ascending.*at \[0, 0, 0, 0\] there is \[0, 3\]"):
             op(*call)
+
+
+@pytest.mark.parametrize("name", ["lm-infinite", "infllm", "streaming-llm"])
+def test_one_of_two_parts_need_not_hold_a_key_for_every_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAMIS_CHECK_INDEX", "1")
+    more = {"positions": "slot"} if name == "streaming-llm" else {}
+    heads, method = drawn(0, 40), small(name, sink=0, **more)
+    seen = expanded(method.index(heads), heads)
+    torch.testing.assert_close(method.attend(heads).double(), attended(heads, seen), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(8))
