@@ -95,8 +95,9 @@ class Calibration:
         dense = sum(one.method == "dense" for one in self.heads)
         shared = [one for one in self.heads if one.alone is not None]
         lost = f"; sharing choices costs {_mean(shared, 'alone') - _mean(shared, 'recall'):.4f}" if shared else ""
+        many = f"{self.prompts} prompt{'' if self.prompts == 1 else 's'}"
         return (
-            f"calibrated on {self.prompts} prompts of up to {self.tokens} tokens, within {self.budget:g} of dense "
+            f"calibrated on {many} of up to {self.tokens} tokens, within {self.budget:g} of dense "
             f"attention: recall {_mean(self.heads, 'recall'):.4f} at cost {_mean(self.heads, 'cost'):.4f}; {dense} of "
             f"{len(self.heads)} heads stay dense, those below recall {self.least:g}{lost}"
         )

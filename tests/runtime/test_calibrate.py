@@ -72,7 +72,7 @@ def test_each_head_gets_the_pattern_that_suits_it(heads: Heads) -> None:
     everything = tamis.calibrate(graph, kwargs=prompt(1, TOKENS, None), budget=0.3, least=0.0)
     assert "dense" not in {one.method for one in everything.heads}
     text = str(found)
-    assert text.startswith("calibrated on 1 prompts of up to 192 tokens, within 0.3 of dense attention: recall 1.0000")
+    assert text.startswith("calibrated on 1 prompt of up to 192 tokens, within 0.3 of dense attention: recall 1.0000")
     assert "2 of 8 heads stay dense" in text
     assert text.splitlines()[2].startswith("layer 1: recall")
     assert text.endswith("dense at heads 3")
