@@ -32,9 +32,10 @@ _PUBLIC = {
     "Target": "target",
     "TamisError": "errors",
 }
-_MODULES = {"prompts": "runtime.prompts"}
+_MODULES = {"passes": "passes", "prompts": "runtime.prompts"}
 
 if TYPE_CHECKING:
+    from . import passes as passes
     from .errors import TamisError as TamisError
     from .graph import TokenGraph as TokenGraph
     from .registry import register as register

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 from .errors import BadParameter
@@ -54,6 +55,18 @@ def check_sizes(one: Any) -> None:
             if abs(number) > LARGEST:
                 rule, hint = f"between -{LARGEST} and {LARGEST}", "larger numbers of anything do not fit a tensor."
                 raise BadParameter(where=one.name, name=f.name, rule=rule, got=number, hint=hint)
+
+
+def check_whole(where: str, least: int, **values: Any) -> None:
+    """Refuse arguments of a call, by name, that are no whole numbers of `least` or more.
+
+    Raises:
+        BadParameter: there is one.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            rule = f"a whole number, {least} or more"
+            raise BadParameter(where=where, name=name, rule=rule, got=repr(value), hint=f"see help(tamis.{where}).")
 
 
 def integers(value: Any) -> Iterator[int]:

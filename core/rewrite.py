@@ -179,6 +179,8 @@ def _parse_one(text: str) -> Pass:
         key, equals, value = item.partition("=")
         if not equals:
             raise BadPassText(text=text, reason=f"{item!r} is not key=value")
+        if key.strip() in parameters:
+            raise BadPassText(text=text, reason=f"{key.strip()} is given twice")
         parameters[key.strip()] = _value(value.strip())
     return build_pass(name, parameters)
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..attention_index import Heads
 from ..errors import BadParameter
 from ..graph import TokenGraph
+from ..parameters import check_whole
 from ..passes.index_pairs import Held, held
 from ..passes.methods.minference import patterns_of
 from ..passes.sparse import SparseAttention
@@ -28,7 +29,7 @@ from ..rewrite import Outcome, Pipeline
 from .data import calls_of
 from .inputs import Call, Inputs, graph_inputs, mask_of
 from .ledger import stream_length
-from .recall import SHARING, captured_for, placed_for
+from .recall import SHARING, captured_for, check_call, placed_for
 
 SLACK = 1.01  # by how much a cost may be over the budget, being a mean over some queries
 
@@ -138,18 +139,13 @@ def calibrate(
         every: look at one query of so many, for speed.
 
     Raises:
-        NothingChanged: no layer takes a pattern.
+        NothingToMeasure: no layer takes a pattern.
         NoPatternFound: every head stays dense.
         TooShortToCalibrate: prompts have too few tokens for any pattern.
-        InputMismatch, ModelNotFound, CorruptModel: data does not fit the model, is not there, or is no array file.
+        InputMismatch, ModelNotFound, UnreadableData: data does not fit the model, is not there, or is no array file.
         BadParameter.
     """
-    for name, value in (("budget", budget), ("least", least)):
-        if not (0 <= value <= 1 and (value or name == "least")):
-            rule = "in (0, 1]" if name == "budget" else "between 0 and 1"
-            raise BadParameter(
-                where="calibrate", name=name, rule=rule, got=value, hint="a fraction of dense attention."
-            )
+    check_whole("calibrate", 1, every=every)
     graph, call, _ = captured_for("calibrate", model, args, kwargs)
     calls = _calls(graph, call, data)
     return search(graph, calls, patterns, budget=budget, least=least, share=share, every=every)
@@ -159,6 +155,9 @@ def search(
     graph: TokenGraph, calls: Sequence[Call], patterns: Any, *, budget: float, least: float, share: Any, every: int = 1
 ) -> Calibration:
     """`calibrate` on a captured model and its calls."""
+    _check(budget, least, share)
+    for call in calls:
+        check_call("calibrate", graph, call)
     tokens = max(_tokens(graph, call) for call in calls)
     tried = _tried(patterns, tokens, budget, share)
     outcomes: list[Outcome] = []
@@ -173,6 +172,17 @@ def search(
                 key = layer.index, number
                 sums[key] = sums[key] + one if key in sums else one
     return _chosen(graph, tried, sums, Calibration((), (), budget, least, tokens, sum(map(_rows, calls))))
+
+
+def _check(budget: Any, least: Any, share: Any) -> None:
+    for name, value in (("budget", budget), ("least", least)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 <= value <= 1 and (value or name == "least")):
+            rule, hint = "in (0, 1]" if name == "budget" else "between 0 and 1", "a fraction of dense attention."
+            raise BadParameter(where="calibrate", name=name, rule=rule, got=repr(value), hint=hint)
+    if share not in (None, "query", *SHARING):
+        rule, hint = "one of query, kv, layer", "None leaves it to the patterns."
+        raise BadParameter(where="calibrate", name="share", rule=rule, got=repr(share), hint=hint)
 
 
 @dataclass(frozen=True)
@@ -266,6 +276,9 @@ def _tried(patterns: Any, tokens: int, budget: float, share: str | None) -> list
             raise BadParameter(where=one.name, name="heads", rule="left out to calibrate", got=heads, hint=hint)
         shares = share is not None and hasattr(one, "share")
         tried.append(replace(one, share=share) if shares else one)  # type: ignore[call-arg]
+    if not tried:
+        hint = "None tries those of tamis.passes.sparse_candidates."
+        raise BadParameter(where="calibrate", name="patterns", rule="given", got="none", hint=hint)
     return tried
 
 
@@ -274,13 +287,17 @@ def _calls(graph: TokenGraph, call: Call, data: Any) -> list[Call]:
         return [call]
     if isinstance(data, str | os.PathLike):
         return list(calls_of(graph.program, call, os.fspath(data), rows=1))
+    hint = "a list with a mapping, a tuple or a tensor for each prompt, or a .npz file."
+    if isinstance(data, Mapping | torch.Tensor) or not isinstance(data, Iterable):
+        got = type(data).__name__
+        raise BadParameter(where="calibrate", name="data", rule="a list of prompts", got=got, hint=hint)
     inputs = Inputs.of(graph.program)
     calls = []
     for one in data:
         args, kwargs = ((), one) if isinstance(one, Mapping) else (one if isinstance(one, tuple) else (one,), {})
         calls.append(inputs.bind(args, kwargs))
     if not calls:
-        raise BadParameter(where="calibrate", name="data", rule="prompts, one or more", got="none", hint="")
+        raise BadParameter(where="calibrate", name="data", rule="prompts, one or more", got="none", hint=hint)
     return calls
 
 

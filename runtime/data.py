@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ..errors import CorruptModel, InputMismatch, ModelNotFound
+from ..call_errors import UnreadableData
+from ..errors import InputMismatch, ModelNotFound
 from .inputs import Call, input_nodes
 
 ROWS_PER_CALL = 32
@@ -22,18 +24,18 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ModelNotFound: there is no such file.
-        CorruptModel: it is no array file, or it holds Python objects, which would need pickle.
+        UnreadableData: it is no array file, or it holds Python objects, which would need pickle.
     """
     import numpy as np
 
     path = Path(path)
     if not path.is_file():
-        raise ModelNotFound(path=path, hint="--verify takes a .npz file with one array per input, or a .npy file.")
+        raise ModelNotFound(path=path, hint="data is a .npz file with one array per input, or a .npy file.")
     try:
         loaded = np.load(path, allow_pickle=False)
         return {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
-    except (ValueError, OSError, EOFError) as error:
-        raise CorruptModel(path=path, kind="NumPy arrays", reason=str(error).split("\n")[0].rstrip(".")) from error
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise UnreadableData(path=path, reason=str(error).split("\n")[0].rstrip(".")) from error
 
 
 def calls_of(program: ExportedProgram, call: Call, path: str | Path, rows: int = ROWS_PER_CALL) -> Iterator[Call]:

@@ -102,8 +102,9 @@ def graph_inputs(program: ExportedProgram, call: Call) -> list[Any]:
 
 
 def misfit(program: ExportedProgram, call: Call) -> str:
-    """What of a call does not fit the program's inputs, in words; "" when number, types and dimensions do."""
+    """What of a call does not fit the program's inputs, in words; "" when number, types, dimensions and sizes do."""
     given = pytree.tree_leaves(call, is_leaf=lambda value: value is None)
+    sizes: dict[Any, tuple[str, int]] = {}  # of each symbol: where it was first seen
     for node, value in zip(input_nodes(program), given, strict=False):
         wanted = node.meta.get("val")
         if not isinstance(wanted, Tensor):
@@ -114,6 +115,12 @@ def misfit(program: ExportedProgram, call: Call) -> str:
             return (
                 f"{node.name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {named_shape(wanted, program)}"
             )
+        for size, actual in zip(wanted.shape, value.shape, strict=True):
+            symbol = getattr(getattr(size, "node", None), "expr", size)
+            first, expected = sizes.setdefault(symbol, (node.name, size if isinstance(size, int) else actual))
+            if getattr(symbol, "is_symbol", True) and actual != expected:
+                beside = "" if isinstance(size, int) else f", of which {first} has {expected}"
+                return f"{node.name} is {list(value.shape)}, not {named_shape(wanted, program)}{beside}"
     return ""
 
 

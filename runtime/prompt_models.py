@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attention_index import Heads
 from ..capture.partial_run import values_of
+from ..error_text import first_line
 from ..errors import InputMismatch
 from ..graph import TokenGraph
 from ..passes.sparse import UNDERSTOOD, window_of
@@ -21,25 +22,35 @@ from .inputs import input_nodes
 from .onnx_model import OnnxModel
 
 SHOWN = "a causal language model of token ids, with an attention mask and positions at most"
+RUN = f"check ids against the vocabulary; give {SHOWN}."
 
 
 def last_logits(model: Any, ids: Tensor, many: int) -> Tensor:
     """Logits of the last `many` tokens, [B, many, V]; ids [B, N] int64 without padding.
 
     Raises:
-        InputMismatch: the model needs other inputs, or returns no logits [B, N, V].
+        InputMismatch: the model does not run on ids, mask and positions, or returns no logits [B, N, V].
     """
     if isinstance(model, str | os.PathLike):
         from .api import load
 
         model = load(model)
+    if not callable(model):
+        rule, got = "the model must be a module, a function, or the path of a file", type(model).__name__
+        raise InputMismatch(where="last_logits", rule=rule, got=got, hint=f"give {SHOWN}.")
     ids = ids.to(_device(model))
     names = _names(model)
     given = {} if names is None else _filled(names, ids)
     if names and "logits_to_keep" in names and not isinstance(model, CompiledModel | OnnxModel):
         given["logits_to_keep"] = many
-    with torch.no_grad():
-        result = model(**given) if given else model(ids)
+    try:
+        with torch.no_grad():
+            result = model(**given) if given else model(ids)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        got, rule = f"{type(error).__name__}: {first_line(error)}", f"the model must run on token ids {list(ids.shape)}"
+        raise InputMismatch(
+            where="last_logits", rule=rule, got=got, hint=f"check ids against the vocabulary; give {SHOWN}."
+        ) from error
     return _logits(result, ids)[:, -many:]
 
 
@@ -74,8 +85,14 @@ def question_attention(model: Any, many: int) -> Callable[[Tensor], Tensor]:
 
     def rows(ids: Tensor) -> Tensor:
         given = _filled(names, ids.to(device).unsqueeze(0))
-        with torch.no_grad():
-            q, k = run([given.get(name) for name in names])
+        try:
+            with torch.no_grad():
+                q, k = run([given.get(name) for name in names])
+        except (IndexError, RuntimeError) as error:
+            rule, got = f"the model must run on {len(ids)} token ids", f"{type(error).__name__}: {first_line(error)}"
+            raise InputMismatch(
+                where=graph.name, rule=rule, got=got, hint=f"check ids against the vocabulary; give {SHOWN}."
+            ) from error
         weights, _ = last_queries(Heads(q, k, k, None, site.scale, True, site.softcap, 0, 1, window=window), many)
         return weights[0].cpu()
 

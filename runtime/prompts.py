@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import BadParameter
+from ..parameters import check_whole
 from .prompt_models import last_logits, question_attention
 
 Range = tuple[int, int]
+IDS = "token ids [N] or [1, N]"
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,15 @@ def xl3m(
         BadParameter: a number that cannot be.
         InputMismatch: the model needs other inputs than ids, mask and positions, or returns no logits.
     """
-    prompt = _Parts.of("xl3m", ids, question, prefix)
+    prompt = _Parts.of("prompts.xl3m", ids, question, prefix)
+    check_whole("prompts.xl3m", 1, segment=segment, keep=keep, batch=batch)
     overlap = segment // 16 if overlap is None else overlap
+    check_whole("prompts.xl3m", 0, overlap=overlap)
+    number = threshold is None or (isinstance(threshold, int | float) and threshold == threshold)
     _require(
-        "xl3m",
-        segment=("1 or more", segment, segment >= 1),
-        overlap=(f"between 0 and {segment - 1}", overlap, 0 <= overlap < segment),
-        keep=("1 or more", keep, keep >= 1),
-        batch=("1 or more", batch, batch >= 1),
+        "prompts.xl3m",
+        overlap=(f"between 0 and {segment - 1}", overlap, overlap < segment),
+        threshold=("a number or None", repr(threshold), number),
     )
     if prompt.length <= segment:
         return prompt.having([(0, prompt.length)], torch.zeros(1))
@@ -138,10 +142,9 @@ def infini_retri(
         InputMismatch: the model needs other inputs than ids, mask and positions, or its last attention is no causal
             attention over its tokens.
     """
-    prompt = _Parts.of("infini_retri", ids, question, prefix)
-    rules = {name: ("1 or more", value, value >= 1) for name, value in _named(window=window, keep=keep, phrase=phrase)}
-    _require("infini_retri", **rules)
-    ends = {separators} if isinstance(separators, int) else set(separators)
+    prompt = _Parts.of("prompts.infini_retri", ids, question, prefix)
+    check_whole("prompts.infini_retri", 1, window=window, keep=keep, phrase=phrase)
+    ends = _token_ids(separators)
     attention = question_attention(model, question)
     sentences = list(_sentences(prompt.context.tolist(), ends, window))
     owner = torch.repeat_interleave(torch.tensor([stop - start for start, stop in sentences], dtype=torch.int64))
@@ -168,16 +171,13 @@ class _Parts:
 
     @staticmethod
     def of(where: str, ids: Tensor | Sequence[int], question: int, prefix: int) -> _Parts:
-        found = torch.as_tensor(ids).detach().cpu()
+        found = _read(where, ids)
         flat = found.reshape(-1).to(torch.int64)
         one = found.ndim == 1 or (found.ndim == 2 and found.shape[0] == 1)
         whole = not found.is_floating_point() and found.dtype != torch.bool
-        _require(
-            where,
-            ids=("token ids [N] or [1, N]", f"{found.dtype} {list(found.shape)}", one and whole),
-            question=("1 or more", question, question >= 1),
-            prefix=("0 or more", prefix, prefix >= 0),
-        )
+        _require(where, ids=(IDS, f"{found.dtype} {list(found.shape)}", one and whole))
+        check_whole(where, 1, question=question)
+        check_whole(where, 0, prefix=prefix)
         stop = len(flat) - question
         rule = f"less than the prompt's {len(flat)} tokens together with the prefix of {prefix}"
         _require(where, question=(rule, question, stop > prefix))
@@ -205,14 +205,30 @@ class _Parts:
         return Prompt(self.around(read), places, ranges, scores.float())
 
 
+def _read(where: str, ids: Any) -> Tensor:
+    try:
+        return torch.as_tensor(ids).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        rule = "numbers, which a tokenizer makes of a text" if isinstance(ids, str) else IDS
+        hint = f"see help(tamis.{where})."
+        raise BadParameter(where=where, name="ids", rule=rule, got=type(ids).__name__, hint=hint) from None
+
+
 def _require(where: str, **rules: tuple[str, Any, bool]) -> None:
     for name, (rule, got, holds) in rules.items():
         if not holds:
-            raise BadParameter(where=where, name=name, rule=rule, got=got, hint=f"see help(tamis.prompts.{where}).")
+            raise BadParameter(where=where, name=name, rule=rule, got=got, hint=f"see help(tamis.{where}).")
 
 
-def _named(**values: int) -> Iterable[tuple[str, int]]:
-    return values.items()
+def _token_ids(separators: Any) -> set[int]:
+    """Separators as a set; those that are no token ids, a full stop for instance, would end no sentence."""
+    separators = separators.flatten().tolist() if isinstance(separators, Tensor) else separators
+    found = [separators] if isinstance(separators, str) or not isinstance(separators, Iterable) else list(separators)
+    odd = [repr(one) for one in found if isinstance(one, bool) or not isinstance(one, Integral)]
+    if odd:
+        hint = "tokenizer.convert_tokens_to_ids says the id of a token."
+        raise BadParameter(where="prompts.infini_retri", name="separators", rule="token ids", got=odd[0], hint=hint)
+    return set(map(int, found))
 
 
 def _batches(starts: list[int], size: int) -> Iterator[list[int]]:

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from ..attention_index import Heads
-from ..errors import BadParameter, NothingChanged
+from ..errors import BadParameter, InputMismatch
 from ..graph import TokenGraph
+from ..parameters import check_whole
 from ..passes.index_pairs import held
 from ..passes.sparse import SparseAttention
 from ..passes.sparse_recall import LayerHeads
 from ..passes.sparse_rewrite import Part, Placed, place
 from ..rewrite import Outcome, Pipeline
-from .inputs import Call, graph_inputs
+from ..sparse_errors import NothingToMeasure
+from .inputs import Call, graph_inputs, misfit
 
 SHARING = ("layer", "kv")
 
@@ -106,12 +108,13 @@ def attention_recall(
         after: queries at places before this one are not counted: with few keys to read, sparse attention is dense.
 
     Raises:
-        NothingChanged: no layer takes the passes.
-        BadParameter: a pass is no sparse attention.
+        NothingToMeasure: no layer takes the passes.
+        BadParameter: a pass is no sparse attention, none was given, or no query is left after `after`.
         TamisError: as `tamis.compile` for models and inputs.
 
     A pass that has an attention of its own and no index is left out with the reason.
     """
+    check_whole("attention_recall", 0, after=after)
     graph, call, own = captured_for("attention_recall", model, args, kwargs)
     return recalls(graph, call, [Pipeline.parse(own if passes is None else passes)], after)[0]
 
@@ -122,9 +125,13 @@ def recalls(graph: TokenGraph, call: Call, pipelines: Sequence[Pipeline], after:
     placed = [
         placed_for("attention_recall", graph, pipeline, out) for pipeline, out in zip(pipelines, outcomes, strict=True)
     ]
+    check_call("attention_recall", graph, call)
     wanted = sorted({layer.index for each in placed for layer, _ in each.values()})
     rows: list[list[LayerRecall]] = [[] for _ in pipelines]
     for layer, heads in LayerHeads(graph, wanted)(graph_inputs(graph.program, call)):
+        if after >= heads.tokens:
+            rule, hint = f"less than the {heads.tokens} tokens there are", "no query would be counted."
+            raise BadParameter(where="attention_recall", name="after", rule=rule, got=after, hint=hint)
         site = graph.sites[layer.site].node
         for one, found in zip(placed, rows, strict=True):
             if site in one:
@@ -141,6 +148,9 @@ def captured_for(what: str, model: Any, args: Any, kwargs: Mapping[str, Any] | N
     from .compiled import CompiledModel
     from .inputs import Inputs
 
+    if not isinstance(kwargs, Mapping | None):
+        hint = 'write {"input_ids": ids}.'
+        raise BadParameter(where=what, name="kwargs", rule="a mapping", got=type(kwargs).__name__, hint=hint)
     args = args if isinstance(args, tuple | list) else (args,)
     if isinstance(model, CompiledModel):
         graph = model._original(what)
@@ -152,8 +162,18 @@ def captured_for(what: str, model: Any, args: Any, kwargs: Mapping[str, Any] | N
     return prepared.graph, prepared.call, ()
 
 
+def check_call(what: str, graph: TokenGraph, call: Call) -> None:
+    """Raise InputMismatch for inputs that the captured model cannot take."""
+    if found := misfit(graph.program, call):
+        rule, hint = "inputs must be as the example's, batch and length apart", "convert them, or capture with these."
+        raise InputMismatch(where=f"{what}: {graph.name}", rule=rule, got=found, hint=hint)
+
+
 def placed_for(what: str, graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> Placed:
-    """Which passes have which layers, of those with an index; raises BadParameter and NothingChanged."""
+    """Which passes have which layers, of those with an index; raises BadParameter and NothingToMeasure."""
+    if not pipeline.passes:
+        hint = 'for example "block-sparse:density=0.25".'
+        raise BadParameter(where=what, name="passes", rule="given", got="none", hint=hint)
     for one in pipeline.passes:
         if not isinstance(one, SparseAttention):
             hint = "only sparse attention leaves tokens where they are."
@@ -165,8 +185,8 @@ def placed_for(what: str, graph: TokenGraph, pipeline: Pipeline, outcomes: list[
             reason = "it reads more than keys of the prompt, of which no part of attention can be said"
             outcomes.append(Outcome(str(odd.method), layer.index, site, False, reason))
     if not placed:
-        reasons = "\n".join(dict.fromkeys(f"  {one.reason}" for one in outcomes)) or "  no pass was given"
-        raise NothingChanged(passes=str(pipeline) or what, reasons=reasons)
+        reasons = "\n".join(dict.fromkeys(f"  {one.reason}" for one in outcomes))
+        raise NothingToMeasure(where=what, passes=str(pipeline), reasons=reasons)
     return placed
 
 

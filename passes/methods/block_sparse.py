@@ -158,7 +158,7 @@ class XAttention(TileMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            threshold=("0 or more", self.threshold >= 0),
+            threshold=("between 0 and 1", 0 <= self.threshold <= 1),
             stride=(f"a divisor of the block, {self.block}", self.stride >= 1 and self.block % self.stride == 0),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def _loaded(patterns: Any) -> tuple[str, Any]:
     try:
         return path, json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        reason = f"it is no JSON ({error})"
+        if isinstance(error, OSError):
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"{error.strerror}".lower()
         raise PatternsUnreadable(path=path, reason=reason) from error
 
 
@@ -116,7 +119,7 @@ def _rows(source: str, data: Any) -> Iterator[tuple[int, int, str, int, int, flo
     """Layer, head, kind, its two numbers and the score of every head."""
     layers = dict(enumerate(data)) if isinstance(data, list) else data
     if not isinstance(layers, Mapping):
-        raise PatternsUnreadable(path=source, reason=f"it holds a {type(data).__name__}")
+        raise PatternsUnreadable(path=source, reason=f"it holds no layers, but one {type(data).__name__}")
     for layer, heads in layers.items():
         if not isinstance(heads, Mapping):
             raise PatternsUnreadable(path=source, reason=f"layer {layer} is a {type(heads).__name__}")
@@ -124,7 +127,20 @@ def _rows(source: str, data: Any) -> Iterator[tuple[int, int, str, int, int, flo
             place = f"layer {layer}, head {head}"
             if not (isinstance(said, Sequence) and len(said) in (3, 4) and said[0] in KINDS):
                 raise PatternsUnreadable(path=source, reason=f"{place}: {said!r} is none of {', '.join(KINDS)}")
-            try:
-                yield int(layer), int(head), said[0], int(said[1]), int(said[2]), float([*said, 1.0][3])
-            except (TypeError, ValueError) as error:
-                raise PatternsUnreadable(path=source, reason=f"{place}: {error}") from error
+            score = [*said, 1.0][3]
+            if isinstance(score, bool) or not isinstance(score, int | float):
+                raise PatternsUnreadable(path=source, reason=f"{place}: its score is {score!r}, no number")
+            at = _whole(source, place, layer), _whole(source, place, head)
+            first = _whole(source, place, said[1], 1 if said[0] == KINDS[2] else 0)
+            second = _whole(source, place, said[2], 1 if said[0] == KINDS[1] else 0)
+            yield *at, said[0], first, second, float(score)
+
+
+def _whole(source: str, place: str, value: Any, least: int | None = None) -> int:
+    """A whole number, which JSON may hold as 3.0 and as a key must hold as "3"."""
+    text = str(value)
+    whole = not isinstance(value, bool) and re.fullmatch(r"-?\d+(\.0)?", text) is not None
+    if not whole or (least is not None and float(text) < least):
+        rule = "a whole number" if least is None else f"a whole number of {least} or more"
+        raise PatternsUnreadable(path=source, reason=f"{place}: {value!r} is not {rule}")
+    return int(text.partition(".")[0])

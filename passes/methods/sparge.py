@@ -58,7 +58,7 @@ class Sparge(TileMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            threshold=("0 or more", self.threshold >= 0),
+            threshold=("between 0 and 1", 0 <= self.threshold <= 1),
             similarity=("between -1 and 1", -1 <= self.similarity <= 1),
         )
 

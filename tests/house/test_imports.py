@@ -12,6 +12,7 @@ import pytest
 from house.sources import ORDER, ROOT, python_files, tree
 
 ALLOWED = {  # (file, imported folder): why; each must still be there
+    ("core/__init__.py", "passes"): "types of the names that tamis/__init__ hands out lazily",
     ("core/__init__.py", "runtime"): "types of the names that tamis/__init__ hands out lazily",
     ("core/__main__.py", "runtime"): "python -m tamis is the command",
     ("core/registry.py", "passes"): "the registry fills itself when it is first asked for",
@@ -121,6 +122,11 @@ def test_transformers_imports_with_the_checkout_as_current_directory() -> None:
 def test_the_checkout_as_current_directory_does_not_hide_the_package() -> None:
     done = _python("import tamis, tamis.passes, tamis.errors; print(tamis.passes.__name__, tamis.errors.__name__)")
     assert done.stdout.split() == ["tamis.passes", "tamis.errors"], done.stderr
+
+
+def test_import_tamis_is_enough_for_the_passes() -> None:
+    done = _python("import tamis; print(tamis.passes.ToMe.name, tamis.prompts.xl3m.__name__)")
+    assert done.stdout.split() == ["tome", "xl3m"], done.stderr
 
 
 def test_import_tamis_does_not_import_torch() -> None:

@@ -64,11 +64,15 @@ def test_the_recipe_holds_the_patterns_and_makes_the_same_model() -> None:
     ("patterns", "said"),
     [
         ("nowhere.json", "nowhere.json: .* no such file"),
-        (3, "holds a int"),
+        (3, "holds no layers, but one int"),
+        ([{"0": ["stream_llm", float("inf"), 2]}], "layer 0, head 0: inf is not a whole number of 0 or more"),
+        ([{"0": ["stream_llm", 1.5, 2]}], "layer 0, head 0: 1.5 is not a whole number of 0 or more"),
+        ([{"0": ["block_sparse", 0, 0]}], "layer 0, head 0: 0 is not a whole number of 1 or more"),
+        ([{"0": ["stream_llm", 1, 2, "high"]}], "layer 0, head 0: its score is 'high', no number"),
         ([["stream_llm", 1, 2]], "layer 0 is a list"),
         ([{"0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 0.0]}], "layer 0, head 0: .* is none of"),
-        ([{"0": ["stream_llm", "many", 2]}], "layer 0, head 0: invalid literal"),
-        ([{"first": ["stream_llm", 1, 2]}], "layer 0, head first: invalid literal"),
+        ([{"0": ["stream_llm", "many", 2]}], "layer 0, head 0: 'many' is not a whole number"),
+        ([{"first": ["stream_llm", 1, 2]}], "layer 0, head first: 'first' is not a whole number"),
         ([{}], "no head has a score"),
     ],
 )

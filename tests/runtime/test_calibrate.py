@@ -15,7 +15,7 @@ from sparse_oracle import drawn
 
 import tamis
 from tamis.attention_index import Heads
-from tamis.errors import BadParameter, InputMismatch, NothingChanged
+from tamis.errors import BadParameter, InputMismatch, ModelNotFound, NothingChanged
 from tamis.passes.index_pairs import held
 from tamis.passes.methods.minference import MInference
 from tamis.passes.sparse_candidates import candidates
@@ -184,7 +184,13 @@ def test_the_command_writes_patterns_into_the_recipe(tmp_path: Path, capsys: pyt
         ({"patterns": "tome:r=2"}, BadParameter, "must be sparse attention"),
         ({"patterns": "a-shape:heads=[0]"}, BadParameter, "heads must be left out"),
         ({"patterns": "combiner"}, NothingChanged, "more than keys"),
+        ({"patterns": []}, BadParameter, "patterns must be given"),
+        ({"budget": "much"}, BadParameter, "budget must be in"),
+        ({"share": "all"}, BadParameter, "share must be one of query, kv, layer, got 'all'"),
+        ({"every": 0}, BadParameter, "every must be a whole number, 1 or more, got 0"),
         ({"data": []}, BadParameter, "data must be prompts"),
+        ({"data": torch.ones(1, 30)}, BadParameter, "data must be a list of prompts, got Tensor"),
+        ({"data": "nowhere.npz"}, ModelNotFound, "nowhere.npz: no such file"),
         ({}, TooShortToCalibrate, "longest prompt has 30 tokens"),
         (
             {"patterns": "a-shape:local=2", "budget": 0.5, "least": 1},

@@ -210,6 +210,14 @@ def test_examples_that_the_original_cannot_run(
     assert (code, "note: not compared with the original: toy: the original model must run on" in out) == (0, True)
 
 
+def test_data_that_is_cut_short(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    np.savez("data.npz", **arrays())
+    Path("data.npz").write_bytes(Path("data.npz").read_bytes()[:-40])
+    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data.npz")
+    assert (code, "data.npz: cannot be read as NumPy arrays: File is not a zip file" in err) == (2, True), err
+    assert "hint: write it with numpy.savez" in err
+
+
 def test_data_that_needs_pickle(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
     np.save("data.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data.npy")
@@ -223,6 +231,7 @@ def test_data_that_needs_pickle(capsys: pytest.CaptureFixture[str], workplace: P
         ("tome:keep_ratio=1.3", "error: tome: keep_ratio must be in (0, 1], got 1.3"),
         ("tome:ratio=0.3", "write keep_ratio=0.7"),
         ("tome:13", "cannot read the pass 'tome:13': '13' is not key=value"),
+        ("tome:r=1,r=2", "cannot read the pass 'tome:r=1,r=2': r is given twice"),
     ],
 )
 def test_wrong_passes(capsys: pytest.CaptureFixture[str], workplace: Path, text: str, error: str) -> None:

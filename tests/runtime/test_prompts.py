@@ -197,17 +197,32 @@ def test_rows_of_attention_are_the_last_layers() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"question": 0}, "question must be 1 or more, got 0"),
+        ({"question": 0}, "question must be a whole number, 1 or more, got 0"),
+        ({"question": "3"}, "question must be a whole number, 1 or more, got '3'"),
+        ({"keep": 1.5}, "keep must be a whole number, 1 or more, got 1.5"),
+        ({"threshold": "low"}, "threshold must be a number or None, got 'low'"),
         ({"question": 21}, "question must be less than the prompt's 20 tokens together with the prefix of 0, got 21"),
-        ({"segment": 0}, "segment must be 1 or more"),
+        ({"segment": 0}, "segment must be a whole number, 1 or more"),
         ({"overlap": 9, "segment": 9}, "overlap must be between 0 and 8, got 9"),
         ({"ids": torch.zeros(2, 5, dtype=torch.int64)}, r"ids must be token ids \[N\] or \[1, N\], got torch.int64"),
+        ({"ids": "What is it?"}, "ids must be numbers, which a tokenizer makes of a text, got str"),
     ],
 )
 def test_numbers_that_cannot_be_are_said(given: dict[str, Any], said: str) -> None:
     options = {"ids": torch.ones(20, dtype=torch.int64), "question": 3, **given}
     with pytest.raises(BadParameter, match=said):
         tamis.prompts.xl3m(sure_behind_needles, **options)
+
+
+def test_separators_are_token_ids() -> None:
+    with pytest.raises(BadParameter, match=r"separators must be token ids, got '\.'"):
+        tamis.prompts.infini_retri(nn.Identity(), text(20, [5]), 3, separators=".")
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), lambda ids: ids[:, :, 0], 5])
+def test_what_does_not_run_on_the_ids_is_said(model: Any) -> None:
+    with pytest.raises(InputMismatch, match="the model must"):
+        tamis.prompts.xl3m(model, text(20, [5]), 3, segment=8)
 
 
 def test_models_without_logits_or_causal_attention_are_refused() -> None:

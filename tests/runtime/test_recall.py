@@ -11,7 +11,7 @@ from decoders import DECODERS, captured, given_weights, positions, prompt
 from sparse_oracle import drawn, expanded, fixture, recall, weights
 
 import tamis
-from tamis.errors import BadParameter, NothingChanged
+from tamis.errors import BadParameter, InputMismatch, NothingChanged
 from tamis.passes.index_pairs import held
 from tamis.passes.methods.a_shape import AShape, TriShape
 from tamis.passes.methods.block_sparse import BlockSparse
@@ -142,6 +142,27 @@ def test_what_is_no_sparse_attention_is_refused() -> None:
     _, graph = captured("llama")
     with pytest.raises(BadParameter, match="sparse attention"):
         tamis.attention_recall(graph, kwargs=prompt(1, 20, None), passes="tome:r=2")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"after": -1}, BadParameter, "after must be a whole number, 0 or more, got -1"),
+        ({"after": 20}, BadParameter, "after must be less than the 20 tokens there are, got 20"),
+        ({"passes": None}, BadParameter, "passes must be given"),
+        ({"kwargs": torch.ones(1, 20)}, BadParameter, "kwargs must be a mapping, got Tensor"),
+        ({"kwargs": {"attention_mask": torch.ones(1, 20, dtype=torch.int64)}}, InputMismatch, "input_ids is missing"),
+        (
+            {"kwargs": prompt(1, 20, None) | {"attention_mask": torch.ones(1, 9, dtype=torch.int64)}},
+            InputMismatch,
+            "20",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said(options: Any, error: type[Exception], said: str) -> None:
+    _, graph = captured("llama")
+    with pytest.raises(error, match=said):
+        tamis.attention_recall(graph, **{"kwargs": prompt(1, 20, None), "passes": "a-shape:local=4", **options})
 
 
 def test_a_method_without_an_index_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
