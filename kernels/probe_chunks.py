@@ -29,12 +29,12 @@ from onnxscript import script
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..attention_index import SHARES
 from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .rows import take_rows
 
-SHARES = ("layer", "kv", "query")
 LOWEST = torch.finfo(torch.float32).min
 
 
