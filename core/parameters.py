@@ -26,16 +26,21 @@ SPELLINGS = {  # what other tools call the fraction, and whether they mean the p
 }
 LARGEST = 2**31 - 1  # two of them may be multiplied in 64 bits, as formulas of counts do
 KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}  # by a default's type
+OPTIONAL = {f"{kind.__name__} | None": kind for kind in KINDS}  # by its annotation, where the default is None
 
 
 def check_kinds(one: Any) -> None:
     """Refuse what a pass does not take: where a default is a bool or an int, all but these; where it is a float, NaN.
+
+    Where it is None, the annotation says which of them may be given instead, if any.
 
     Raises:
         BadParameter: another kind of value was given.
     """
     for f in dataclasses.fields(one):
         value, kind = getattr(one, f.name), type(f.default)
+        if f.default is None and value is not None:
+            kind = OPTIONAL.get(str(f.type), kind)
         holds = type(value) is kind
         if kind is float:
             holds = isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -106,7 +106,27 @@ def message(error: type[Exception], action) -> str:
         (
             "tomesd:keep_ratio=true",
             BadParameter,
-            "tomesd: keep_ratio must be in (0, 1], got True.\n  hint: see --list-passes.",
+            "tomesd: keep_ratio must be a number, got True.\n  hint: its default is none.",
+        ),
+        (
+            "landmark:top_k=1.5",
+            BadParameter,
+            "landmark: top_k must be a whole number, got 1.5.\n  hint: its default is none.",
+        ),
+        (
+            "routing:window=all",
+            BadParameter,
+            "routing: window must be a whole number, got 'all'.\n  hint: its default is none.",
+        ),
+        (
+            "pbs:block=0",
+            BadParameter,
+            "pbs: block must be 1 or more, got 0.\n  hint: see --list-passes.",
+        ),
+        (
+            "hip:chunks=1.5",
+            BadParameter,
+            "hip: chunks must be numbers of 1 or more, got 1.5.\n  hint: for example chunks=[8,4,2].",
         ),
         (
             "diffrate:prune=2,merge=1,prune_share=0.3",

@@ -80,8 +80,8 @@ class HiP(SparseAttention):
     def _numbers(self, name: str) -> tuple[int, ...]:
         """A parameter as numbers of 1 and more; raises BadParameter."""
         given = getattr(self, name)
-        numbers = (given,) if isinstance(given, int) else tuple(given)
-        if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
+        numbers = tuple(given) if isinstance(given, list | tuple) else (given,)
+        if not numbers or not all(type(n) is int and n >= 1 for n in numbers):
             hint = f"for example {name}=[8,4,2]."
             raise BadParameter(where=self.name, name=name, rule="numbers of 1 or more", got=repr(given), hint=hint)
         return numbers

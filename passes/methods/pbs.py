@@ -57,10 +57,11 @@ class PBS(SparseAttention):
         self.require(
             density=("in (0, 1]", 0 < self.density <= 1),
             block=("1 or more", self.block >= 1),
-            segment=(f"a multiple of the block, {self.block}", self.segment >= 1 and self.segment % self.block == 0),
             threshold=("between 0 and 1", 0 <= self.threshold <= 1),
             share=(f"one of {', '.join(SHARES)}", self.share in SHARES),
         )
+        whole = self.segment >= 1 and self.segment % self.block == 0
+        self.require(segment=(f"a multiple of the block, {self.block}", whole))
 
     @property
     def reads(self) -> str:

@@ -46,7 +46,7 @@ class ToFu(TokenReduction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.switch is not None and (type(self.switch) is not int or self.switch < 0):
+        if self.switch is not None and self.switch < 0:
             hint = "switch is the index of the first layer that merges."
             raise BadParameter(where=self.name, name="switch", rule="a whole number >= 0", got=self.switch, hint=hint)
 

@@ -65,11 +65,10 @@ class ToMeSD(SubLayerReduction):
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))
         ratio, r, image = self.keep_ratio, self.r, self.image
-        is_ratio = isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= 1
         for name, rule, holds in (
             ("r or keep_ratio", "given, one of them", r is None or ratio is None),
-            ("keep_ratio", "in (0, 1]", ratio is None or is_ratio),
-            ("r", "a whole number >= 0", r is None or _is_count(r, 0)),
+            ("keep_ratio", "in (0, 1]", ratio is None or 0 < ratio <= 1),
+            ("r", "a whole number >= 0", r is None or r >= 0),
             ("max_downsample", "a whole number >= 1", self.max_downsample >= 1),
             ("sx", "a whole number >= 1", self.sx >= 1),
             ("sy", "a whole number >= 1", self.sy >= 1),
@@ -140,9 +139,5 @@ class ToMeSD(SubLayerReduction):
         return (corner + drawn // self.sx * columns + drawn % self.sx).sort().values
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _is_image(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(_is_count(size, 1) for size in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(type(size) is int and size >= 1 for size in value)

@@ -88,5 +88,6 @@ def test_layers_merge_from_the_switch_on(switch, merging):
 
 
 def test_a_switch_that_is_no_layer():
-    with pytest.raises(BadParameter, match="switch must be a whole number >= 0, got half"):
-        Pipeline.parse("tofu:r=3,switch=half")
+    for switch, said in (("half", "a whole number, got 'half'"), ("-1", "a whole number >= 0, got -1")):
+        with pytest.raises(BadParameter, match=f"switch must be {said}"):
+            Pipeline.parse(f"tofu:r=3,switch={switch}")
