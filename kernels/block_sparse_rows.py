@@ -70,7 +70,9 @@ def attend_rows(
             for rows in _rows_of(tiles, columns, places, index, end):
                 place = slice(rows.first, rows.end)
                 parts = q[b, ours, place], k[b, theirs], v[b, theirs]
-                out[b, place, ours], found = _attend(*parts, rows, masks, scale, softcap, lse)
+                mixed, found = _attend(*parts, rows, masks, scale, softcap, lse)
+                # one copy, from [R, H, queries, D] to where they belong
+                out[b, place, ours].unflatten(0, (-1, rows.queries)).copy_(mixed.transpose(1, 2))
                 if sums is not None and found is not None:
                     sums[b, ours, place] = found
     return out.transpose(1, 2), sums
@@ -79,11 +81,11 @@ def attend_rows(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: float, softcap: float | None, lse: bool
 ) -> tuple[Tensor, MaybeTensor]:
-    """[R * queries, H, D] of q [H, R * queries, D] over k and v [Hk, N, D], 0 for who reads no key; and lse [H, .]."""
+    """[R, H, queries, D] of q [H, R * queries, D] over k and v [Hk, N, D], 0 for who reads no key; and lse [H, .]."""
     count, many = rows.keys.shape
     q = q.reshape(len(k), -1, count, rows.queries, q.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     if not many:
-        return v.new_zeros((count * rows.queries, q.shape[1] * q.shape[2] // rows.queries, v.shape[-1])), None
+        return v.new_zeros((count, q.shape[1] * q.shape[2] // rows.queries, rows.queries, v.shape[-1])), None
     k, v = (x.index_select(1, rows.places).unflatten(1, (count, many)).transpose(0, 1) for x in (k, v))
     mask, sums = masks.of(rows), None
     if softcap is None and not lse:
@@ -97,7 +99,7 @@ def _attend(
     if mask is not None and sum(b - a for a, b in rows.doubtful) >= many:
         out = out.masked_fill((mask == float("-inf")).all(-1, keepdim=True), 0.0)
     masks.clear(rows)
-    return out.reshape(count, -1, rows.queries, v.shape[-1]).transpose(1, 2).flatten(0, 1), sums
+    return out.reshape(count, -1, rows.queries, v.shape[-1]), sums
 
 
 def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reach: Pairs, end: int) -> Iterator[Rows]:
@@ -119,11 +121,12 @@ def _rows_of(tiles: MaybeTensor, columns: MaybeTensor, places: MaybeTensor, reac
             read = listed | near
         if reach.window:
             read = read & (token > first - reach.window) & (token < last + reach.window)
-        found = read.nonzero(as_tuple=True)[1]
+        row, found = (x.contiguous() for x in read.nonzero().unbind(1))
         flags = listed[read] if reach.local else None
         begin, at = start, 0
         sizes = (last - first + 1).flatten().tolist()
-        kinds = zip(read.sum(1).tolist(), sizes, _doubtful(read, token, first, last, reach), strict=True)
+        counts = torch.bincount(row, minlength=len(first))
+        kinds = zip(counts.tolist(), sizes, _doubtful(row, found, counts, first, last, reach), strict=True)
         for count, many, queries, doubtful in _alike(kinds):
             span, stop = slice(at, at + count * many), begin + count * queries
             own = None if flags is None else flags[span].reshape(count, many)
@@ -149,13 +152,16 @@ def _listed(lists: list[MaybeTensor], places: MaybeTensor, reach: Pairs, first: 
     return listed
 
 
-def _doubtful(read: Tensor, token: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[Spans]:
-    """Of each row, spans [from, to) of its keys that some query may not read: later ones, the edges of the window."""
+def _doubtful(row: Tensor, key: Tensor, everything: Tensor, first: Tensor, last: Tensor, reach: Pairs) -> list[Spans]:
+    """Of each row, spans [from, to) of its keys that some query may not read: later ones, the edges of the window.
+
+    row, key [M]: the keys of all rows, of which each has `everything`.
+    """
 
     def up_to(edge: Tensor) -> Tensor:
-        return (read & (token <= edge)).sum(1)
+        return torch.bincount(row[key <= edge.flatten()[row]], minlength=len(everything))
 
-    local, everything = reach.local, read.sum(1)
+    local = reach.local
     spans = [(up_to(first), everything)] if reach.causal else []
     if local:
         spans.append((up_to(first - local), up_to(last - local)))
@@ -166,7 +172,7 @@ def _doubtful(read: Tensor, token: Tensor, first: Tensor, last: Tensor, reach: P
         if not reach.causal:
             spans.append((up_to(first + reach.window - 1), everything))
     if not spans:
-        return [()] * len(read)
+        return [()] * len(everything)
     table = torch.stack([torch.stack(pair, 1) for pair in spans], 1).tolist()
     return [tuple((a, b) for a, b in row if a < b) for row in table]
 
