@@ -50,7 +50,7 @@ def reference(
 ) -> Tensor:
     """See the module."""
     if softcap is not None:
-        return _capped(q, k, v, added_to_logits(q, k, key_bias, mask, causal), scale, softcap)
+        return _with_cap(q, k, v, added_to_logits(q, k, key_bias, mask, causal), scale, softcap)
     bias = added_to_logits(q, k, key_bias, mask, causal and not (key_bias is None and mask is None))
     return scaled_dot_product_attention(
         q,
@@ -63,11 +63,22 @@ def reference(
     )
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, bias: MaybeTensor, scale: float, softcap: float) -> Tensor:
-    logits = torch.tanh(grouped_logits(q, k, scale) / softcap) * softcap
+def _with_cap(q: Tensor, k: Tensor, v: Tensor, bias: MaybeTensor, scale: float, softcap: float) -> Tensor:
+    logits = capped(grouped_logits(q, k, scale), softcap)
     if bias is not None:
         logits = (logits + bias.to(logits.dtype)).clamp(min=torch.finfo(logits.dtype).min)
     return grouped_mix(logits.softmax(-1), v, q)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap); the logits themselves without a soft cap."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def softmax_of_seen(logits: Tensor) -> Tensor:
+    """Softmax along the last axis over the logits that are not -inf; a row without any gives 0."""
+    weights = logits.clamp(min=torch.finfo(logits.dtype).min).softmax(-1)
+    return torch.where(logits > -torch.inf, weights, 0.0)
 
 
 def grouped_mix(weights: Tensor, v: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention import grouped_logits, grouped_mix
+from .attention import capped, grouped_logits, grouped_mix
 from .precision import compute_dtype
 from .sparse_pairs import MaybeTensor, Pairs, inverse
 
@@ -91,8 +91,7 @@ def _attend(
     if softcap is None and not lse:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        logits = grouped_logits(q, k, scale)
-        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        logits = capped(grouped_logits(q, k, scale), softcap)
         logits = logits if mask is None else logits + mask
         out = grouped_mix(logits.softmax(-1), v, q)
         sums = logits.logsumexp(-1).reshape(count, -1, rows.queries).transpose(0, 1).flatten(1) if lse else None

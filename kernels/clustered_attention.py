@@ -29,6 +29,7 @@ from onnxscript import script
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
+from .attention import capped
 from .opset import STANDARD as op
 from .opset import TAMIS
 from .precision import compute_dtype
@@ -51,9 +52,7 @@ def reference(
     query_lists, key_lists = (x.index_select(1, torch.arange(heads, device=q.device)) for x in (query_lists, key_lists))
     queries = _listed(q.to(dtype) * scale, heads, query_lists)
     keys, values = (_listed(x.to(dtype), heads, key_lists) for x in (k, v))
-    logits = queries @ keys.transpose(2, 3)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = capped(queries @ keys.transpose(2, 3), softcap)
     query = query_lists.flatten(0, 1).unsqueeze(3)
     key = key_lists.flatten(0, 1).unsqueeze(2)
     seen = (query >= 0) & (key >= 0) & ((key <= query) if causal else (key >= 0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .attention import grouped_logits, grouped_mix
+from .attention import capped, grouped_logits, grouped_mix
 from .precision import compute_dtype
 from .rows import take_rows
 from .sparse_pairs import MaybeTensor, Pairs, dense_rows, gathered, of_heads
@@ -69,7 +69,7 @@ def received(
         few = (part * (logits - lse.gather(2, at).unsqueeze(-1)).exp()).sum(2)
         shares = shares.scatter(2, at, 0.0)
     rows = _Rows(q, k, places, index)
-    logits = torch.where(rows.of_seen(seen), _capped(grouped_logits(rows.q, rows.k, scale), softcap), -torch.inf)
+    logits = torch.where(rows.of_seen(seen), capped(grouped_logits(rows.q, rows.k, scale), softcap), -torch.inf)
     part = (rows.of(shares) * (logits - rows.of(lse, torch.inf)).exp()).sum(2)  # [B * sets * R, group, K]
     part = part.reshape(batch, rows.sets, rows.count, rows.group, -1).transpose(2, 3).flatten(3)
     at = places.expand(batch, rows.sets, -1, -1).flatten(2).unsqueeze(2).expand(part.shape)
@@ -133,7 +133,7 @@ def _over_rows(
         keys, values = (x.expand(-1, rows.group, -1, -1) for x in (rows.k, values))
         out = scaled_dot_product_attention(rows.q, keys, values, attn_mask=seen, scale=scale)
         return rows.joined(torch.where(seen.any(-1, keepdim=True), out, 0.0), q.shape[2]), None
-    logits = torch.where(seen, _capped(grouped_logits(rows.q, rows.k, scale), softcap), -torch.inf)
+    logits = torch.where(seen, capped(grouped_logits(rows.q, rows.k, scale), softcap), -torch.inf)
     out = rows.joined(_mixed(logits, values, q), q.shape[2])
     if not lse:
         return out, None
@@ -147,12 +147,8 @@ def _of_dense_rows(
     named, once, seen = dense_rows(index, q.shape[0], q.shape[2], q.device)
     seen = seen if index.positions is None else of_heads(seen, q.shape[1], k.shape[1])
     queries = q.gather(2, named[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    logits = _capped(grouped_logits(queries, k, scale), softcap)
+    logits = capped(grouped_logits(queries, k, scale), softcap)
     return torch.where(seen, logits, -torch.inf), named, once
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _mixed(logits: Tensor, v: Tensor, like: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..op import OnnxCall, Op, define_op
-from .attention import grouped_logits, grouped_mix
+from .attention import capped, grouped_logits, grouped_mix, softmax_of_seen
 from .onnx_logits import GroupedLogits
 from .opset import STANDARD as op
 from .opset import TAMIS
@@ -57,9 +57,7 @@ def reference(
 ) -> Tensor:
     """See the module."""
     batch, heads, tokens = q.shape[:3]
-    logits = grouped_logits(q, k, scale)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = capped(grouped_logits(q, k, scale), softcap)
     count = (tokens + block - 1) // block
     logits = pad(logits, (0, count * block - tokens), value=-torch.inf).reshape(batch, heads, tokens, count, block)
     place = torch.arange(tokens, device=q.device)
@@ -72,20 +70,14 @@ def reference(
         ranks = marks.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
         marks = torch.where(ranks < keep, marks, -torch.inf)
     near = torch.where(own, inside, -torch.inf).flatten(3)
-    shared = _softmax(torch.cat([near, marks], -1))
+    shared = softmax_of_seen(torch.cat([near, marks], -1))
     many = near.shape[-1]
-    weights = shared[..., many:].unsqueeze(-1) * _softmax(inside) + shared[..., :many].reshape(inside.shape)
+    weights = shared[..., many:].unsqueeze(-1) * softmax_of_seen(inside) + shared[..., :many].reshape(inside.shape)
     weights = pad(weights, (0, 1)).flatten(3)[..., :tokens]
     out = grouped_mix(weights, v, q)
     if lengths is None:
         return out
     return torch.where(place[:, None] < lengths.reshape(-1, 1, 1, 1), out, 0.0)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax along the last axis; a row of -inf gives 0."""
-    weights = logits.clamp(min=torch.finfo(logits.dtype).min).softmax(-1)
-    return torch.where(logits > -torch.inf, weights, 0.0)
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..op import OnnxCall, Op, define_op
+from .attention import capped, softmax_of_seen
 from .onnx_logits import GroupedLogits
 from .opset import STANDARD as op
 from .opset import TAMIS
@@ -75,14 +76,14 @@ def reference(
     place = first + torch.arange(-before, rows + after, device=q.device)  # [R, W]
     ends = torch.arange(batch, device=q.device) * 0 + tokens if lengths is None else lengths
     near = _near(q_rows, k, place, query, ends, span, local, causal, softcap)
-    far = _capped(q_rows @ summary_k.to(dtype).transpose(2, 3), softcap)
+    far = capped(q_rows @ summary_k.to(dtype).transpose(2, 3), softcap)
     if summary_bias is not None:
         far = far + summary_bias.to(dtype).unsqueeze(-2)
     line = query.reshape(-1, 1)
     hidden = (line >= hidden_from.unsqueeze(1)) & (line < hidden_until.unsqueeze(1))  # [., R * rows, M]
     real = (line < ends.reshape(-1, 1, 1)).unsqueeze(1)
     far = torch.where(hidden.unsqueeze(1) | ~real, -torch.inf, far)
-    weights = _softmax(torch.cat([near, far], -1))
+    weights = softmax_of_seen(torch.cat([near, far], -1))
     width = rows + before + after
     stacked = weights[..., :width].reshape(batch, k.shape[1], heads // k.shape[1], count, rows, width)
     stacked = stacked.transpose(2, 3).reshape(batch, k.shape[1], count, -1, width)
@@ -115,7 +116,7 @@ def _near(
     keys = _stretches(k.to(q.dtype), place)
     logits = grouped.reshape(batch, k.shape[1], count, -1, size) @ keys.transpose(3, 4)
     logits = logits.reshape(batch, k.shape[1], count, heads // k.shape[1], rows, place.shape[1]).transpose(2, 3)
-    logits = _capped(logits.reshape(batch, heads, count * rows, place.shape[1]), softcap)
+    logits = capped(logits.reshape(batch, heads, count * rows, place.shape[1]), softcap)
     key, each = place.unsqueeze(1), query.unsqueeze(2)
     start = (each + 1 - local).clamp(min=0) // span * span
     stop = each + 1 if causal else (each + local + span - 1) // span * span
@@ -131,16 +132,6 @@ def _stretches(x: Tensor, place: Tensor) -> Tensor:
     batch, heads, tokens, size = x.shape
     index = place.clamp(min=0, max=tokens - 1).reshape(-1)
     return x.index_select(2, index).reshape(batch, heads, place.shape[0], place.shape[1], size)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax along the last axis; a row of -inf gives 0."""
-    weights = logits.clamp(min=torch.finfo(logits.dtype).min).softmax(-1)
-    return torch.where(logits > -torch.inf, weights, 0.0)
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention_index import AttentionIndex, Heads
+from ..kernels.attention import capped
 from ..kernels.sparse_pairs import inverse, of_heads
 from .sparse_scores import is_real, repeated
 
@@ -91,9 +92,7 @@ def _seen(heads: Heads, queries: Tensor) -> Tensor:
 def _weights(heads: Heads, seen: Tensor, queries: Tensor) -> Tensor:
     """[B, H, q, N] float32: dense attention."""
     logits = heads.queries[:, :, queries].float() @ repeated(heads.keys, heads).float().transpose(2, 3)
-    logits = logits * heads.scale
-    if heads.softcap is not None:
-        logits = torch.tanh(logits / heads.softcap) * heads.softcap
+    logits = capped(logits * heads.scale, heads.softcap)
     weights = torch.where(seen, logits, torch.finfo(logits.dtype).min).softmax(-1)
     return torch.where(seen, weights, 0.0)
 

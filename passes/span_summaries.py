@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention_index import Heads
+from ..kernels.attention import capped
 from .sparse_scores import in_tiles, is_real
 
 NEVER = 1 << 40  # a token no prompt has
@@ -26,9 +27,7 @@ def weights_in_spans(heads: Heads, pointers: Tensor, span: int) -> Tensor:
     batch, many, spans, size = pointers.shape
     keys = in_tiles(heads.keys.float(), span)
     asked = pointers.float().reshape(batch, many // heads.group, heads.group, spans, size).transpose(2, 3)
-    logits = asked @ keys.transpose(3, 4) * heads.scale
-    if heads.softcap is not None:
-        logits = torch.tanh(logits / heads.softcap) * heads.softcap
+    logits = capped(asked @ keys.transpose(3, 4) * heads.scale, heads.softcap)
     real = real_in_spans(heads, span).transpose(3, 4)
     weights = torch.where(real, logits, torch.finfo(torch.float32).min).softmax(-1)
     return torch.where(real, weights, 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention_index import Heads
+from ..kernels.attention import capped
 from ..kernels.hash_scores import hash_scores
 from .stream_state import take_rows
 
@@ -89,9 +90,7 @@ def last_queries(heads: Heads, many: int) -> tuple[Tensor, Tensor]:
         ends = torch.arange(batch, device=device) * 0 + heads.tokens
     place = ends.unsqueeze(1) - many + torch.arange(many, device=device)
     queries = take_rows(heads.queries, place.clamp(min=0), 2, 0).float()
-    logits = queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale
-    if heads.softcap is not None:
-        logits = torch.tanh(logits / heads.softcap) * heads.softcap
+    logits = capped(queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale, heads.softcap)
     key = torch.arange(heads.tokens, device=device)
     seen = (key <= place.unsqueeze(-1)).unsqueeze(1)
     if heads.window:

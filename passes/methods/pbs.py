@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...attention_index import SHARES, AttentionIndex, Heads
 from ...counts import exact
+from ...kernels.attention import capped
 from ...registry import register
 from ..sparse import SparseAttention, permuted
 from ..sparse_scores import covering, in_tiles, pooled_logits, ranks, real_tiles, repeated, shared
@@ -96,9 +97,7 @@ class PBS(SparseAttention):
         ends = torch.arange(batch, device=device) * 0 + heads.tokens if heads.lengths is None else heads.lengths
         place = ends.unsqueeze(1) - self.block + torch.arange(self.block, device=device)
         queries = take_rows(heads.queries, place.clamp(min=0), 2, 0).float()
-        logits = queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale
-        if heads.softcap is not None:
-            logits = torch.tanh(logits / heads.softcap) * heads.softcap
+        logits = capped(queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale, heads.softcap)
         whole = torch.arange(heads.tokens, device=device) < (ends // self.segment * self.segment).unsqueeze(1)
         there = (place >= 0)[:, None, :, None]
         seen = there & whole[:, None, None, :]
