@@ -30,7 +30,8 @@ class Combiner(SparseAttention):
     query that asks.  So each token has some weight, and the weights of all add up to 1.  Models are trained with it; on
     others it is a coarse approximation.  Fixed spans, not those of logarithmic or axial growth.  Differs: spans are of
     `span` tokens where the published are of sqrt(N); queries and keys are pooled as attention used them, rotated by
-    position.
+    position.  The largest of rotated channels depends on where positions start, their mean does not: under left padding
+    "max" gives what it gives without only if the model's positions skip the padding.
 
     Args:
         span: tokens of a span (published: the root of the length).
