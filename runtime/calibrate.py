@@ -23,13 +23,12 @@ from ..passes.index_pairs import Held, held
 from ..passes.methods.minference import patterns_of
 from ..passes.sparse import SparseAttention
 from ..passes.sparse_candidates import SHORTEST, candidates
-from ..passes.sparse_recall import LayerHeads
 from ..recipe_errors import NoPatternFound, TooShortToCalibrate
 from ..rewrite import Outcome, Pipeline
 from .data import calls_of
-from .inputs import Call, Inputs, graph_inputs, mask_of
+from .inputs import Call, Inputs, mask_of
 from .ledger import stream_length
-from .recall import SHARING, captured_for, check_call, placed_for
+from .recall import SHARING, captured_for, heads_of, placed_for
 
 SLACK = 1.01  # by how much a cost may be over the budget, being a mean over some queries
 
@@ -156,8 +155,6 @@ def search(
 ) -> Calibration:
     """`calibrate` on a captured model and its calls."""
     _check(budget, least, share)
-    for call in calls:
-        check_call("calibrate", graph, call)
     tokens = max(_tokens(graph, call) for call in calls)
     tried = _tried(patterns, tokens, budget, share)
     outcomes: list[Outcome] = []
@@ -165,7 +162,7 @@ def search(
     at = [{layer.index for layer, _ in layers} for layers in places]
     sums: dict[tuple[int, int], _Measured] = {}
     for call in calls:
-        for layer, heads in LayerHeads(graph, sorted(set().union(*at)))(graph_inputs(graph.program, call)):
+        for layer, heads in heads_of("calibrate", graph, call, sorted(set().union(*at))):
             own = [number for number, layers in enumerate(at) if layer.index in layers]
             measured = _measured(heads, [tried[number] for number in own], budget, every)
             for number, one in zip(own, measured, strict=True):

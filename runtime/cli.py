@@ -232,6 +232,8 @@ def _check_usage(options: argparse.Namespace) -> None:
         raise WrongUsage(problem="--allow-other-model without a recipe", hint="name one with --config.")
     if options.calibrate and options.config:
         raise WrongUsage(problem="--calibrate and --config exclude each other", hint="a recipe has its patterns.")
+    if options.calibrate and options.check:
+        raise WrongUsage(problem="--calibrate and --check exclude each other", hint="--check writes no recipe.")
     for name in ("budget", "min_recall"):
         if getattr(options, name) is not None and not options.calibrate:
             problem = f"--{name.replace('_', '-')} without --calibrate"

@@ -94,6 +94,7 @@ def _optimize(request: Request, step: Progress) -> CompiledModel:
     prepared = held_to(recipe, request.config, prepared, pipeline, any_model=request.any_model)
     found = _calibrated(prepared, pipeline, request, step)
     pipeline = pipeline if found is None else Pipeline(found.passes)
+    options.check_token_map(pipeline)
     compiled = build(prepared, pipeline, options, verify=request.verify is None, source=request.model, step=step)
     compiled.recipe = replace(compiled.recipe, options={**compiled.recipe.options, **_said(asked, FOR_ONNX)})
     if found is not None:

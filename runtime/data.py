@@ -60,10 +60,12 @@ def calls_of(program: ExportedProgram, call: Call, path: str | Path, rows: int =
         rule, hint = "all arrays must have the same number of rows", "row i of each array is one example."
         _refuse(path, rule, sorted(counts), hint)
     count = counts.pop()
+    if count == 0:
+        _refuse(path, "arrays must have rows", "none", "row i of each array is one example.")
     first = next(n for n in nodes if n.name in wanted)
     static = isinstance(first.meta["val"].shape[0], int)
     size = leaves[nodes.index(first)].shape[0] if static else rows
-    if count == 0 or (static and count % size):
+    if static and count % size:
         _refuse(path, f"rows must come in batches of {size}", count, "the model's batch size is static.")
     for start in range(0, count, size):
         batch = [
@@ -89,10 +91,8 @@ def _converted(name: str, array: Any, example: Tensor, path: str | Path) -> Tens
 
 def _check_names(arrays: dict[str, Any], wanted: dict[str, Tensor], path: str | Path) -> None:
     if set(arrays) != set(wanted):
-        names = ", ".join(wanted)
-        _refuse(
-            path, f"needs one array per input ({names})", ", ".join(arrays) or "none", f"np.savez(path, {names}=...)."
-        )
+        names, shown = ", ".join(wanted), ", ".join(f"{name}=..." for name in wanted)
+        _refuse(path, f"needs one array per input ({names})", ", ".join(arrays) or "none", f"np.savez(path, {shown}).")
 
 
 def _refuse(path: str | Path, rule: str, got: Any, hint: str) -> None:

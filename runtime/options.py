@@ -51,7 +51,14 @@ class Options:
             raise BadParameter(
                 where="compile", name="passes", rule="given", got="none", hint='for example "tome:r=13".'
             )
+        self.check_token_map(pipeline)
         return pipeline
+
+    def check_token_map(self, pipeline: Pipeline) -> None:
+        """Raise BadParameter for a map of tokens of which none goes anywhere."""
+        if self.token_map and pipeline.passes and all(one.family == "sparse" for one in pipeline.passes):
+            rule, hint = "left out with sparse attention", "every token stays where it is."
+            raise BadParameter(where="compile", name="token_map", rule=rule, got="True", hint=hint)
 
     def check_never_slower(self, wanted: bool) -> None:
         """Raise BadParameter where original and result do not return the same things."""

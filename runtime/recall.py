@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..attention_index import Heads
+from ..error_text import first_line
 from ..errors import BadParameter, InputMismatch
-from ..graph import TokenGraph
+from ..graph import Layer, TokenGraph
 from ..parameters import check_whole
 from ..passes.index_pairs import held
 from ..passes.sparse import SparseAttention
@@ -125,10 +126,9 @@ def recalls(graph: TokenGraph, call: Call, pipelines: Sequence[Pipeline], after:
     placed = [
         placed_for("attention_recall", graph, pipeline, out) for pipeline, out in zip(pipelines, outcomes, strict=True)
     ]
-    check_call("attention_recall", graph, call)
     wanted = sorted({layer.index for each in placed for layer, _ in each.values()})
     rows: list[list[LayerRecall]] = [[] for _ in pipelines]
-    for layer, heads in LayerHeads(graph, wanted)(graph_inputs(graph.program, call)):
+    for layer, heads in heads_of("attention_recall", graph, call, wanted):
         if after >= heads.tokens:
             rule, hint = f"less than the {heads.tokens} tokens there are", "no query would be counted."
             raise BadParameter(where="attention_recall", name="after", rule=rule, got=after, hint=hint)
@@ -162,11 +162,23 @@ def captured_for(what: str, model: Any, args: Any, kwargs: Mapping[str, Any] | N
     return prepared.graph, prepared.call, ()
 
 
-def check_call(what: str, graph: TokenGraph, call: Call) -> None:
-    """Raise InputMismatch for inputs that the captured model cannot take."""
+def heads_of(what: str, graph: TokenGraph, call: Call, layers: Sequence[int]) -> Iterator[tuple[Layer, Heads]]:
+    """The heads of some layers, as the original has them; raises InputMismatch for inputs that it cannot take."""
+    where = f"{what}: {graph.name}"
     if found := misfit(graph.program, call):
         rule, hint = "inputs must be as the example's, batch and length apart", "convert them, or capture with these."
-        raise InputMismatch(where=f"{what}: {graph.name}", rule=rule, got=found, hint=hint)
+        raise InputMismatch(where=where, rule=rule, got=found, hint=hint)
+    running = LayerHeads(graph, layers)(graph_inputs(graph.program, call))
+    while True:
+        try:
+            layer, heads = next(running)
+        except StopIteration:
+            return
+        except (IndexError, RuntimeError) as error:
+            rule, got = "the original model must run on these inputs", f"{type(error).__name__}: {first_line(error)}"
+            hint = "check token ids against the vocabulary, and sizes against what the model takes."
+            raise InputMismatch(where=where, rule=rule, got=got, hint=hint) from error
+        yield layer, heads
 
 
 def placed_for(what: str, graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> Placed:

@@ -55,7 +55,7 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> Heads:
         def __call__(self, inputs: Any) -> Iterator[Any]:
             return iter([(layer, found) for layer in self.layers])
 
-    monkeypatch.setattr("tamis.runtime.calibrate.LayerHeads", Planted)
+    monkeypatch.setattr("tamis.runtime.recall.LayerHeads", Planted)
     return found
 
 
@@ -197,6 +197,11 @@ def test_the_command_writes_patterns_into_the_recipe(tmp_path: Path, capsys: pyt
             NoPatternFound,
             "no head reads 1 of its attention",
         ),
+        (
+            {"data": [prompt(1, 80, None) | {"input_ids": torch.full((1, 80), 10**6)}]},
+            InputMismatch,
+            "index out of range",
+        ),
         ({"data": [{"ids": torch.ones(1, 3)}]}, InputMismatch, "no such input"),
     ],
 )
@@ -211,6 +216,8 @@ def test_what_cannot_be_calibrated_is_said(options: Any, error: type[Exception],
     [
         (["--budget", "0.1"], "--budget without --calibrate"),
         (["--calibrate", "prompts.npz", "--config", "recipe.yaml"], "--calibrate and --config exclude each other"),
+        (["--calibrate", "prompts.npz", "--check"], "--calibrate and --check exclude each other"),
+        (["--pass", "a-shape", "--token-map"], "token_map must be left out with sparse attention"),
         (["--calibrate", "nowhere.npz"], "nowhere.npz: no such file"),
         (["--pass", "a-shape", "--dense-below", "soon"], "must be a number of tokens or auto, got soon"),
     ],
