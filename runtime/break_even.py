@@ -63,9 +63,10 @@ def find_break_even(
         repeats: rounds of each timing.
 
     Raises:
-        BadParameter: the length is static or unknown, or a length to time is none.
+        BadParameter: the length is static or unknown, a length to time is none, or there is nothing to time.
         OriginalMissing: the model was loaded from a file.
     """
+    _check(lengths, repeats)
     original, call = model._original("find_break_even"), model._call(args, kwargs)
     size = stream_size(original)
     if not isinstance(size, torch.SymInt):
@@ -86,6 +87,23 @@ def find_break_even(
     model.report = model.report.with_changes(notes=(*notes, str(found)))
     model.with_original(original)
     return found
+
+
+def _check(lengths: Any, repeats: Any) -> None:
+    """Raise BadParameter for lengths or rounds that are none."""
+
+    def counts(one: Any) -> bool:
+        return isinstance(one, int) and not isinstance(one, bool) and one >= 1
+
+    listed = isinstance(lengths, Sequence) and not isinstance(lengths, str) and len(lengths) > 0
+    rules = {
+        "lengths": ("a list of numbers of tokens", lengths, lengths is None or (listed and all(map(counts, lengths)))),
+        "repeats": ("1 or more", repeats, counts(repeats)),
+    }
+    for name, (rule, got, holds) in rules.items():
+        if not holds:
+            hint = "leave it out for the default."
+            raise BadParameter(where="find_break_even", name=name, rule=rule, got=repr(got), hint=hint)
 
 
 def _first_that_pays(measured: dict[int, Benchmark]) -> int:

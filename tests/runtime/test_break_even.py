@@ -100,8 +100,11 @@ def test_it_times_for_itself(fast: CompiledModel) -> None:
 
 
 def test_what_cannot_be_is_said(fast: CompiledModel) -> None:
-    with pytest.raises(BadParameter, match="lengths must be possible, got 0"):
-        tamis.find_break_even(fast, lengths=[0])
+    for lengths in ([0], [], [1.5], "ab", 5):
+        with pytest.raises(BadParameter, match="lengths must be a list of numbers of tokens, got"):
+            tamis.find_break_even(fast, lengths=lengths)
+    with pytest.raises(BadParameter, match="repeats must be 1 or more, got 0"):
+        tamis.find_break_even(fast, repeats=0)
     model, inputs = DECODERS["llama"].model(layers=1), prompt(2, 20, None)
     for wrong in (-1, 2.5, True):
         with pytest.raises(BadParameter, match="dense_below must be a number of tokens"):
