@@ -20,6 +20,9 @@ from .stream_state import take_rows
 WIDEST = 1 << 15  # tiles of a row that random draws tell apart
 
 
+ROUNDED_UP = 1 + 1e-5  # the largest part of a whole that still is one: sums of parts may round above 1
+
+
 def shared(scores: Tensor, heads: Heads, share: str) -> Tensor:
     """Scores [B, H, ...] of query heads as those of who shares a list, [B, S, ...]: their mean."""
     if share == "query":

@@ -59,9 +59,10 @@ def block_sparse_kernel(
         owner = pack * sets // packs
         if order is not None:
             row = tl.load(order + (batch * sets + owner) * count + item % count)
-        head, query, there, bound = of_program(
-            row, pack, batch, lengths, tokens, first, last, ROWS, PACK, M, CAUSAL, DENSE
-        )
+        end = tokens  # loaded here: see `selection` on what Inductor takes for written
+        if lengths is not None:
+            end = tl.minimum(tl.load(lengths + batch), tokens).to(tl.int32)
+        head, query, there, bound = of_program(row, pack, end, tokens, first, last, ROWS, PACK, M, CAUSAL, DENSE)
         queries = wanted(q + batch * q_batch, head, query, there, q_head, q_row, WIDTH, D)
         shared = (pack * PACK // group).to(tl.int64)
         keys, values = k + batch * k_batch + shared * k_head, v + batch * v_batch + shared * v_head

@@ -147,18 +147,15 @@ def over_columns(
 
 @triton.jit
 def of_program(
-    row, pack, batch, lengths, tokens, first, last,
+    row, pack, end, tokens, first, last,
     ROWS: tl.constexpr, PACK: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Head and place of each query of a program [M], whether it is there, and the last position it reads, -1 for none.
 
-    DENSE: rows are those of the first and last tokens.
+    end: real tokens.  DENSE: rows are those of the first and last tokens.
     """
     member = tl.arange(0, M)
     query = row * ROWS + member % ROWS
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tl.load(lengths + batch), tokens).to(tl.int32)
     there = member < PACK * ROWS
     if DENSE:
         there = there & (query < first + last)

@@ -24,9 +24,9 @@ COUNTS += ["scores_batch", "scores_set", "scores_row", "scores_tile", "lengths_b
 
 
 @triton.jit
-def scored(scores, column, inside, row, stride, SINK: tl.constexpr, DIAGONAL: tl.constexpr):
-    """Of tiles of a row: place in the order as uint32, share of the mass, whether read at all, whether always read."""
-    score = tl.load(scores + column * stride, mask=inside, other=0).to(tl.float32)
+def placed(score, column, inside, row, SINK: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Of scores of a row: place in the order as uint32, share of the mass, whether read at all, whether always read."""
+    score = score.to(tl.float32)
     forced = tl.zeros_like(inside)
     if SINK:
         forced = forced | (inside & (column == 0))
@@ -51,7 +51,8 @@ def above(
     total = 0.0 if WEIGHED else 0
     for start in range(0, count, TILE):
         column = start + tl.arange(0, TILE)
-        order, weight, allowed, _ = scored(scores, column, column < count, row, stride, SINK, DIAGONAL)
+        score = tl.load(scores + column * stride, mask=column < count, other=0)
+        order, weight, allowed, _ = placed(score, column, column < count, row, SINK, DIAGONAL)
         there = allowed & ((order > low) if STRICT else (order >= low))
         total += tl.sum(tl.where(there, weight, 0.0) if WEIGHED else there.to(tl.int32), 0)
     return total
@@ -73,7 +74,7 @@ def border(
 
 @triton.jit(do_not_specialize=COUNTS)
 def pick_tiles_kernel(
-    scores, lengths, picked, tiles, capacity, slope, offset, divisor, mass,
+    scores, lengths, picked, borders, sums, tiles, capacity, slope, offset, divisor, mass,
     scores_batch, scores_set, scores_row, scores_tile, lengths_batch,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SINK: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHED: tl.constexpr,
     TILE: tl.constexpr,
@@ -81,7 +82,8 @@ def pick_tiles_kernel(
     """picked[b, s, r, :]; grid (R, S, B)."""
     row, one, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     scores += batch * scores_batch + one * scores_set + row.to(tl.int64) * scores_row
-    picked += ((batch * tl.num_programs(1) + one) * tl.num_programs(0) + row) * capacity
+    own = (batch * tl.num_programs(1) + one) * tl.num_programs(0) + row
+    picked, borders, sums = picked + own * capacity, borders + 3 * own, sums + 2 * own
     count = tiles
     if lengths is not None:
         real = tl.load(lengths + batch * lengths_batch).to(tl.int32)
@@ -98,16 +100,27 @@ def pick_tiles_kernel(
     limit = tl.minimum(tl.maximum(most, always), allowed)
     low = border(scores, limit, count, row, scores_tile, SINK, DIAGONAL, False, TILE)
     room = limit - above(scores, low, count, row, scores_tile, SINK, DIAGONAL, False, True, TILE)
-    low_mass, before, target = low, 0.0, 0.0
+    # by way of memory: where an address depends on a function, Inductor takes what that was given for written
+    tl.store(borders, tl.sum(low.to(tl.int32, bitcast=True), 0))
+    tl.store(borders + 1, room)
     if WEIGHED:
         zero = tl.full([1], 0, tl.uint32)
         target = mass * above(scores, zero, count, row, scores_tile, SINK, DIAGONAL, True, False, TILE)
         low_mass = border(scores, target, count, row, scores_tile, SINK, DIAGONAL, True, TILE)
         before = above(scores, low_mass, count, row, scores_tile, SINK, DIAGONAL, True, True, TILE)
+        tl.store(borders + 2, tl.sum(low_mass.to(tl.int32, bitcast=True), 0))
+        tl.store(sums, before)
+        tl.store(sums + 1, target)
+    tl.debug_barrier()
+    low, room = tl.load(borders).to(tl.uint32, bitcast=True), tl.load(borders + 1)
+    if WEIGHED:
+        low_mass = tl.load(borders + 2).to(tl.uint32, bitcast=True)
+        before, target = tl.load(sums), tl.load(sums + 1)
     used, ties = 0, 0
     for start in range(0, count, TILE):
         column = start + tl.arange(0, TILE)
-        order, weight, there, forced = scored(scores, column, column < count, row, scores_tile, SINK, DIAGONAL)
+        score = tl.load(scores + column * scores_tile, mask=column < count, other=0)
+        order, weight, there, forced = placed(score, column, column < count, row, SINK, DIAGONAL)
         tie = (there & (order == low)).to(tl.int32)
         chosen = there & ((order > low) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= room)))
         ties += tl.sum(tie, 0)
@@ -141,6 +154,8 @@ def work(
     picked = scores.new_empty((batch, sets, rows, room), dtype=torch.int32)
     arguments: dict[str, Any] = {
         **{"scores": scores, "lengths": lengths, "picked": picked, "tiles": tiles, "capacity": room, "mass": mass},
+        "borders": scores.new_empty((batch, sets, rows, 3), dtype=torch.int32),
+        "sums": scores.new_empty((batch, sets, rows, 2), dtype=torch.float32),
         **dict(zip(("slope", "offset", "divisor"), keep, strict=True)),
         **dict(zip(("scores_batch", "scores_set", "scores_row", "scores_tile"), scores.stride(), strict=True)),
         "lengths_batch": 0 if lengths is None else lengths.stride(0),

@@ -16,7 +16,7 @@ from ...attention_index import SHARES, AttentionIndex, Heads
 from ...counts import exact
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import antidiagonal_scores, near_tiles, pooled_logits, shared
+from ..sparse_scores import ROUNDED_UP, antidiagonal_scores, near_tiles, pooled_logits, shared
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class XAttention(TileMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            threshold=("between 0 and 1", 0 <= self.threshold <= 1),
+            threshold=("between 0 and 1", 0 <= self.threshold <= ROUNDED_UP),
             stride=(f"a divisor of the block, {self.block}", self.stride >= 1 and self.block % self.stride == 0),
         )
 

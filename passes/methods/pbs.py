@@ -15,7 +15,7 @@ from ...counts import exact
 from ...kernels.attention import capped
 from ...registry import register
 from ..sparse import SparseAttention, permuted
-from ..sparse_scores import covering, in_tiles, pooled_logits, ranks, real_tiles, repeated, shared
+from ..sparse_scores import ROUNDED_UP, covering, in_tiles, pooled_logits, ranks, real_tiles, repeated, shared
 from ..stream_state import take_rows
 
 
@@ -58,7 +58,7 @@ class PBS(SparseAttention):
         self.require(
             density=("in (0, 1]", 0 < self.density <= 1),
             block=("1 or more", self.block >= 1),
-            threshold=("between 0 and 1", 0 <= self.threshold <= 1),
+            threshold=("between 0 and 1", 0 <= self.threshold <= ROUNDED_UP),
             share=(f"one of {', '.join(SHARES)}", self.share in SHARES),
         )
         whole = self.segment >= 1 and self.segment % self.block == 0

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from ...attention_index import Heads
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import covering, is_real, pooled_logits, repeated, seen_tiles, shared, tile_means
+from ..sparse_scores import ROUNDED_UP, covering, is_real, pooled_logits, repeated, seen_tiles, shared, tile_means
 from .block_sparse import TileMethod
 
 
@@ -58,7 +58,7 @@ class Sparge(TileMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            threshold=("between 0 and 1", 0 <= self.threshold <= 1),
+            threshold=("between 0 and 1", 0 <= self.threshold <= ROUNDED_UP),
             similarity=("between -1 and 1", -1 <= self.similarity <= 1),
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sparse_oracle import attended, drawn, expanded, fixture, recall
+from sparse_registry import small
 
 from tamis.attention_index import Heads
 from tamis.errors import BadParameter
