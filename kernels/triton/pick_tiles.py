@@ -72,6 +72,14 @@ def border(
     return low
 
 
+@triton.jit
+def fill_unused(picked, used, capacity, TILE: tl.constexpr):
+    """-1 behind the `used` entries of a row."""
+    for start in range(used, capacity, TILE):
+        place = start + tl.arange(0, TILE)
+        tl.store(picked + place, tl.full([TILE], -1, tl.int32), mask=place < capacity)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def pick_tiles_kernel(
     scores, lengths, picked, borders, sums, tiles, capacity, slope, offset, divisor, mass,
@@ -132,9 +140,7 @@ def pick_tiles_kernel(
         place = used + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(picked + place, column * BLOCK, mask=chosen)
         used += tl.sum(chosen.to(tl.int32), 0)
-    for start in range(used, capacity, TILE):
-        place = start + tl.arange(0, TILE)
-        tl.store(picked + place, tl.full([TILE], -1, tl.int32), mask=place < capacity)
+    fill_unused(picked, used, capacity, TILE)
 
 
 def work(
