@@ -28,7 +28,8 @@ window   int              keys farther away are read by nobody, whatever names t
 ->       [B, H, N, D] as q, a view of [B, N, H, D]; 0 for a query with nothing to read, such as padding
 
 A key that several parts name is read once.  Keys are gathered row by row, so memory and time go with R * (sink + local
-+ rows + T * width + C), never with N * N; unused entries cost as much as used ones.  Raises nothing of its own.
++ rows + T * width + C), never with N * N; unused entries cost as much as used ones, but nothing where a CPU
+runs the op row after row (block_sparse_rows).  Raises nothing of its own.
 Source: methods (llm) 6.3, the prefill index; 0.2, rules 1 to 4.
 """
 
