@@ -57,8 +57,15 @@ class Machine:
             return 1e-3 * do_bench_cudagraph(call, rep=50, return_mode="median")
 
 
-def run_parts(machine: Machine, parts: Iterable[Callable[[Machine], list[dict[str, Any]]]], out: Path | None) -> None:
-    """Measure part by part, print the rows, and write what there is after each part."""
+def main(doc: str | None, parts: Iterable[Callable[[Machine], list[dict[str, Any]]]]) -> None:
+    """Read the command line, measure part by part, print the rows, and write what there is after each part."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not (options.rehearse or torch.cuda.is_available()):
+        raise SystemExit("no CUDA device; --rehearse runs tiny sizes on the CPU")
+    machine = Machine(options.rehearse)
     result: dict[str, Any] = {
         "rehearsal": machine.rehearse,
         "ceilings": {"tflops": machine.flops / 1e12, "gbytes": machine.bytes / 1e9},
@@ -72,8 +79,8 @@ def run_parts(machine: Machine, parts: Iterable[Callable[[Machine], list[dict[st
             if machine.rehearse:
                 raise
             result["left_out"].append(f"{part.__name__}: {type(error).__name__}: {error}")
-        if out:
-            out.write_text(json.dumps(result, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 
@@ -171,15 +178,5 @@ def long_attention(machine: Machine) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not (options.rehearse or torch.cuda.is_available()):
-        raise SystemExit("no CUDA device; --rehearse runs tiny sizes on the CPU")
-    run_parts(Machine(options.rehearse), (reductions, statistics, long_attention), options.json)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, (reductions, statistics, long_attention))

@@ -15,13 +15,11 @@ break_even         the shortest of the lengths at which choice and kernel take l
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import Machine, run_parts
+from gpu_kernels import Machine, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -198,15 +196,5 @@ def layer(machine: Machine) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not (options.rehearse or torch.cuda.is_available()):
-        raise SystemExit("no CUDA device; --rehearse runs tiny sizes on the CPU")
-    run_parts(Machine(options.rehearse), (kernels, break_even, layer), options.json)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, (kernels, break_even, layer))
