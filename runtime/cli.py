@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import TamisError
 from .options import MODES
+from .usage import check_usage
 
 DESCRIPTION = "Rewrite a transformer so that it computes on fewer tokens, check it, and write it down."
 EPILOG = """\
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     error: BaseException | None = None
     try:
-        _check_usage(options)
+        check_usage(options)
         code = _run(options)
     except TamisError as caught:
         error, code = caught, caught.exit_code
@@ -209,41 +210,6 @@ def _show_recipe(options: argparse.Namespace) -> int:
     recipe = Recipe.read(options.show_recipe)
     print(recipe.to_json() if options.json else recipe.to_yaml().rstrip())
     return 0
-
-
-def _check_usage(options: argparse.Namespace) -> None:
-    from ..errors import WrongUsage
-
-    if options.input and options.model:
-        raise WrongUsage(problem="the model is given twice, as INPUT and with --model", hint="give it once.")
-    options.input = options.input or options.model
-    asks = options.list_passes or options.show_recipe
-    if not (asks or options.input or options.config):
-        raise WrongUsage(problem="no model was given", hint="optimize-model INPUT --pass NAME:ARGS, or --help.")
-    if options.report and not options.report.endswith(".json"):
-        raise WrongUsage(problem=f"--report {options.report}: only JSON is written", hint="end the name in .json.")
-    if options.draw and not options.draw.endswith(".png"):
-        raise WrongUsage(problem=f"--draw {options.draw}: only PNG is drawn", hint="end the name in .png.")
-    if options.native and not (options.output or "").endswith(".pt2"):
-        raise WrongUsage(problem="--native makes a .pt2 file, and none is to be written", hint="-o model.pt2")
-    if options.quiet and options.verbose:
-        raise WrongUsage(problem="--quiet and --verbose exclude each other", hint="give one of them.")
-    if options.allow_other_model and not options.config:
-        raise WrongUsage(problem="--allow-other-model without a recipe", hint="name one with --config.")
-    if options.calibrate and options.config:
-        raise WrongUsage(problem="--calibrate and --config exclude each other", hint="a recipe has its patterns.")
-    if options.calibrate and options.check:
-        raise WrongUsage(problem="--calibrate and --check exclude each other", hint="--check writes no recipe.")
-    for name in ("budget", "min_recall"):
-        if getattr(options, name) is not None and not options.calibrate:
-            problem = f"--{name.replace('_', '-')} without --calibrate"
-            raise WrongUsage(problem=problem, hint="--calibrate DATA finds patterns within it.")
-    given = options.passes or options.config or options.calibrate
-    if not (asks or options.check or given or options.allow_noop):
-        from ..capture.paths import check_exists
-
-        check_exists(options.input)  # a wrong path is the more likely mistake
-        raise WrongUsage(problem="no passes were given", hint="--pass tome:r=13, or --check to see which would apply.")
 
 
 def _complain(error: BaseException, debug: bool) -> None:

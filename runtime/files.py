@@ -48,12 +48,10 @@ class Output:
         """Read `-o`; None gives `{stem}-tamis.onnx` in the current directory.  Raises UnknownOutputFormat."""
         if text is None:
             return Output(Path(f"{stem_of(source)}-tamis.onnx"), "onnx")
-        path = Path(text)
-        if text.endswith(("/", os.sep)) or path.is_dir():
-            return Output(path, "directory")
-        if path.suffix in (".onnx", ".pt2"):
-            return Output(path, path.suffix[1:])
-        raise UnknownOutputFormat(path=text)
+        kind = kind_of(text)
+        if kind is None:
+            raise UnknownOutputFormat(path=text)
+        return Output(Path(text), kind)
 
     def check(self, overwrite: bool) -> None:
         """Raise OutputExists or OutputNotWritable if this cannot be written; leaves everything as it is."""
@@ -65,6 +63,14 @@ class Output:
             return
         for name in DIRECTORY_FILES:
             check_file(self.path / name, overwrite)
+
+
+def kind_of(text: str) -> str | None:
+    """What a path that is to be written says it is: "onnx", "pt2", "directory", or nothing."""
+    path = Path(text)
+    if text.endswith(("/", os.sep)) or path.is_dir():
+        return "directory"
+    return path.suffix[1:] if path.suffix in (".onnx", ".pt2") else None
 
 
 def stem_of(source: str) -> str:
