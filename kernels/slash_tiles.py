@@ -1,6 +1,6 @@
 """slash_tiles: vertical columns and slanting diagonals as tiles and columns of an index.
 
-distances  [B, S, n]     int64   diagonals i - j = distance, in any order, each once; -1: unused.  0 is among them
+distances  [B, S, n]     int64   diagonals i - j = distance, ascending, each once, 0 among them; -1 behind them: unused
 columns    [B, S, m]     int64   keys, ascending; -1: unused
 tokens     count                 N
 block      int                   queries of a row, and keys of a tile
@@ -37,7 +37,7 @@ DOUBLINGS = 17  # tiles in a row: fewer than 2 ** 17
 def reference(distances: Tensor, columns: Tensor, tokens: int, block: int) -> tuple[Tensor, Tensor]:
     """See the module."""
     device, (batch, scope, _) = distances.device, distances.shape
-    rows, most = _sizes(distances.shape[2], tokens, block)
+    rows, most = sizes(distances.shape[2], tokens, block)
     end = (torch.arange(rows, device=device) + 1) * block
     follows, below = _successors(distances, tokens, block)
     # states are distances of a tile's end from the row's end, plus `block`, since the last tile may reach beyond it
@@ -53,7 +53,8 @@ def reference(distances: Tensor, columns: Tensor, tokens: int, block: int) -> tu
     return _unused_apart(starts, tokens), _single(starts, columns, tokens, block)
 
 
-def _sizes(distances: Any, tokens: Any, block: int) -> tuple[Any, Any]:
+def sizes(distances: Any, tokens: Any, block: int) -> tuple[Any, Any]:
+    """R and T for n distances."""
     rows = (tokens + block - 1) // block
     return rows, torch.sym_min(distances, rows + 1)
 
@@ -88,7 +89,7 @@ def _single(starts: Tensor, columns: Tensor, tokens: Any, block: int) -> Tensor:
 def fake(distances: Tensor, columns: Tensor, tokens: int, block: int) -> tuple[Tensor, Tensor]:
     """Shape rule."""
     batch, scope, many = distances.shape
-    rows, most = _sizes(many, tokens, block)
+    rows, most = sizes(many, tokens, block)
     tiles = distances.new_empty((batch, scope, rows, most), dtype=torch.int32)
     return tiles, distances.new_empty((batch, scope, rows, columns.shape[2]), dtype=torch.int32)
 
@@ -104,12 +105,11 @@ def SlashTiles(distances, columns, tokens, block: int):
     end = (op.Range(0, op.Squeeze(rows), 1) + 1) * block
     place = op.Range(0, op.Squeeze(length) + 1, 1)
     listed = op.Where(op.Or(distances < 0, distances >= length), length, distances)
-    ascending, _ = op.TopK(listed, many, axis=-1, largest=0)
     none = op.Expand(op.Constant(value_int=0), op.Concat(heads, length + 1, axis=0))
     mark = op.Expand(op.Constant(value_int=1), op.Shape(listed))
     marked = op.ScatterElements(none, listed, mark, axis=-1) * op.Cast(place < length, to=7)
     before = op.CumSum(marked, op.Constant(value_int=-1)) - marked
-    found = op.GatherElements(ascending, op.Max(before - 1, 0), axis=-1)
+    found = op.GatherElements(listed, op.Max(before - 1, 0), axis=-1)
     below = op.Where(before > 0, found, op.Constant(value_int=-1))
     near = op.Where(below >= place - block, place - block, below)
     after = op.Where(below < 0, length + 1, near) + block
@@ -155,6 +155,7 @@ def samples() -> Iterator[tuple[Any, ...]]:
     for tokens, many, block in ((23, 6, 4), (9, 5, 2)):
         distances = torch.rand(2, 3, tokens, generator=generator).argsort(-1)[..., :many]
         distances[:, :, 0] = torch.where((distances[:, :, 1:] == 0).any(-1), distances[:, :, 0], 0)
+        distances = distances.sort(-1).values
         columns = torch.rand(2, 3, tokens, generator=generator).argsort(-1)[..., :4].sort(-1).values
         yield distances, columns, tokens, block
     yield torch.tensor([[[0, 5, -1]]]), torch.tensor([[[-1, 2]]]), 7, 4
@@ -169,5 +170,6 @@ SLASH_TILES = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
+        triton="slash_tiles",
     )
 )
