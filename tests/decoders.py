@@ -124,6 +124,7 @@ DECODERS = {
         Decoder("qwen3", "Qwen3Config", {**_GROUPED, "head_dim": 16}, 2, 0.25),
         Decoder("mistral", "MistralConfig", {**_GROUPED, "sliding_window": WINDOW}, 2, _NARROW_SCALE, (_LOCAL, _LOCAL)),
         Decoder("phi3", "Phi3Config", _GROUPED, 2, _NARROW_SCALE),
+        Decoder("gemma", "GemmaConfig", {**_SINGLE, "head_dim": 16}, 1, 0.25),
         Decoder("gemma2", "Gemma2Config", {**_WIDE, "attn_logit_softcapping": 4.0}, 2, 0.25, (_LOCAL, None), 4.0),
         Decoder(
             "gemma3",
