@@ -12,10 +12,11 @@ chunk    int                          keys of a chunk; one that reaches beyond t
 stride   int                          of the `block` queries of a row, every so many is asked
 local    int                          a row's end: that of its real queries, less `local`
 share    str                          whose queries count: "query" one head's, "kv" those of a key head, "layer" all
+window   int                          keys so many tokens before a query, and more, are hidden from it; 0: none are
 ->       [B, S, R, M]        float32  S = H, Hk or 1, R = ceil(N / block); the lowest number where all met are hidden
 
-A query multiplies with keys up to itself.  Ties: the left half.  Takes memory for two keys of each chunk.  Raises
-nothing of its own.
+A query multiplies with keys up to itself that no window hides.  Ties: the left half.  Takes memory for two keys of each
+chunk.  Raises nothing of its own.
 Source: methods (llm) 1.9 b (Lee et al., "InfiniteHiP", arXiv 2502.08910); 0.2, rules 4, 5 and 7.
 """
 
@@ -55,6 +56,7 @@ def reference(
     block: int,
     local: int,
     share: str,
+    window: int = 0,
 ) -> Tensor:
     """See the module."""
     (batch, heads, tokens, size), sets = q.shape, q.shape[1] if share == "query" else k.shape[1]
@@ -74,6 +76,8 @@ def reference(
         found = take_rows(keys, flat).reshape(batch, sets, rows, -1, size)
         products = asked @ found.transpose(3, 4)
         seen = there.unsqueeze(-1) & (probes.unsqueeze(3) <= place.unsqueeze(-1))
+        if window:
+            seen = seen & (place.unsqueeze(-1) - probes.unsqueeze(3) < window)
         score = torch.where(seen, products, LOWEST).amax(3)
         return score.amax(1, keepdim=True) if share == "layer" else score
 
@@ -112,7 +116,9 @@ def fake(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | None, *rest: An
 
 
 @script(TAMIS, default_opset=op)
-def ProbeChunks(q, k, starts, lengths, chunk: int, stride: int, block: int, local: int, share: int, halvings: int):
+def ProbeChunks(
+    q, k, starts, lengths, chunk: int, stride: int, block: int, local: int, share: int, window: int, halvings: int
+):
     one, last, none = op.Constant(value_ints=[1]), op.Constant(value_ints=[-1]), op.Constant(value_ints=[0])
     batch, heads = op.Shape(q, start=0, end=1), op.Shape(q, start=1, end=2)
     tokens, size = op.Shape(q, start=2, end=3), op.Shape(q, start=3, end=4)
@@ -146,6 +152,7 @@ def ProbeChunks(q, k, starts, lengths, chunk: int, stride: int, block: int, loca
     lowest = op.Constant(value_float=-3.4028234663852886e38)
     score = op.Expand(lowest, grid)
     base = op.Unsqueeze(op.Range(0, op.Squeeze(batch * sets), 1), [1]) * tokens
+    reach = op.Where(op.Expand(window, one) > 0, op.Expand(window, one), tokens)
     keys = op.Reshape(keys, op.Concat(last, size, axis=0))
     spread = op.Concat(batch, sets, rows, many + many, axis=0)
     sharing = op.Concat(batch, scope, sets / scope, rows, many + many, axis=0)
@@ -155,7 +162,8 @@ def ProbeChunks(q, k, starts, lengths, chunk: int, stride: int, block: int, loca
         flat = op.Reshape(op.Expand(op.Min(probes, tokens - 1), spread), op.Concat(batch * sets, last, axis=0))
         found = op.Reshape(op.Gather(keys, flat + base, axis=0), op.Concat(spread, size, axis=0))
         products = op.MatMul(asked, op.Transpose(found, perm=[0, 1, 2, 4, 3]))
-        seen = op.And(op.Unsqueeze(there, [-1]), op.Unsqueeze(probes, [3]) <= op.Unsqueeze(place, [-1]))
+        apart = op.Unsqueeze(place, [-1]) - op.Unsqueeze(probes, [3])
+        seen = op.And(op.Unsqueeze(there, [-1]), op.And(apart >= 0, apart < reach))
         of_each = op.ReduceMax(op.Where(seen, products, lowest), [3], keepdims=0)
         best = op.ReduceMax(op.Reshape(of_each, sharing, allowzero=1), [2], keepdims=0)
         a = op.Slice(best, none, many, [3])
@@ -167,11 +175,21 @@ def ProbeChunks(q, k, starts, lengths, chunk: int, stride: int, block: int, loca
     return score
 
 
-def onnx(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | None, *rest: Any) -> OnnxCall:
+def onnx(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    lengths: Tensor | None,
+    chunk: int,
+    stride: int,
+    block: int,
+    local: int,
+    share: str,
+    window: int = 0,
+) -> OnnxCall:
     """Calls ProbeChunks."""
-    *numbers, share = rest
-    attributes = dict(zip(("chunk", "stride", "block", "local"), numbers, strict=True))
-    attributes |= {"share": SHARES.index(share), "halvings": halvings(numbers[0])}
+    attributes = {"chunk": chunk, "stride": stride, "block": block, "local": local, "window": window}
+    attributes |= {"share": SHARES.index(share), "halvings": halvings(chunk)}
     return OnnxCall(ProbeChunks, [q, k, starts, [-1] if lengths is None else lengths], attributes)
 
 
@@ -194,13 +212,14 @@ def samples() -> Iterator[tuple[Any, ...]]:
     yield q, k, starts[:, :, :1], lengths, 3, 2, 4, 1, "kv"
     yield q, k, starts, lengths, 8, 3, 4, 3, "layer"
     yield q.half(), k.half(), starts - 3, None, 1, 1, 4, 2, "kv"
+    yield q, k, starts, lengths, 8, 2, 4, 3, "query", 6
 
 
 PROBE_CHUNKS = define_op(
     Op(
         name="probe_chunks",
         schema="(Tensor q, Tensor k, Tensor starts, Tensor? lengths, int chunk, int stride, int block, int local, "
-        "str share) -> Tensor",
+        "str share, int window=0) -> Tensor",
         reference=reference,
         fake=fake,
         onnx=onnx,

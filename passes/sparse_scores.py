@@ -76,6 +76,12 @@ def near_tiles(heads: Heads, place: Tensor, block: int) -> Tensor:
     return (apart - 1) * block + 1 < heads.window if heads.window else apart >= 0
 
 
+def first_seen(heads: Heads, rows: int) -> Tensor:
+    """[R, 1] the first place that a query of each row of `rows` may see; 0 without a window."""
+    first = torch.arange((heads.tokens + rows - 1) // rows, device=heads.queries.device).unsqueeze(1) * rows
+    return (first + 1 - heads.window).clamp(min=0) if heads.window else first * 0
+
+
 def pooled_logits(heads: Heads, keys: Tensor, block: int) -> Tensor:
     """Products of the mean queries and mean keys [B, Hk, N, D] of tiles, scaled: [B, H, R, R]."""
     queries, means = (tile_means(x, heads, block) for x in (heads.queries, keys))

@@ -51,15 +51,6 @@ def test_a_full_budget_is_dense_attention_everywhere(name: str, tokens: int) -> 
             full_is_dense(name, drawn(tokens, tokens, batch=1, kv=1, group=group, size=size))
 
 
-within_windows = pytest.mark.parametrize("name", [name for name in SMALL if methods()[name].takes_windows()])
-
-
-@within_windows
-@pytest.mark.parametrize("window", [7, 40])
-def test_a_full_budget_is_dense_attention_in_a_window_of_the_model(name: str, window: int) -> None:
-    full_is_dense(name, drawn(1, 70, lengths=[70, 33], window=window))
-
-
 def full_is_dense(name: str, heads: Heads) -> None:
     got = methods()[name].full(heads.tokens).attend(heads)
     expected = attended(heads)
@@ -93,16 +84,6 @@ def test_attention_is_over_the_pairs_of_the_index_and_no_others(name: str, lengt
     for b, end in enumerate(ends):
         places = torch.arange(end)
         assert mask[b, :, places, places].all(), "every token reads itself"
-
-
-@within_windows
-@pytest.mark.parametrize("window", [5, 30])
-def test_a_window_of_the_model_bounds_what_is_read(name: str, window: int) -> None:
-    heads, method = drawn(15, 80, window=window), small(name)
-    mask = expanded(method.index(heads), heads)
-    torch.testing.assert_close(method.attend(heads).double(), attended(heads, mask), rtol=1e-5, atol=1e-5)
-    far = (torch.arange(80).unsqueeze(1) - torch.arange(80)).abs() >= window
-    assert not (mask & far).any()
 
 
 @every_method

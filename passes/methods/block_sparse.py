@@ -28,7 +28,7 @@ class TileMethod(SparseAttention):
         block: tokens of a tile.
         share: who shares a choice: each "query" head has its own (published), those of a "kv" head or of the "layer"
             have that of their mean score.
-        sink: always read the first tile.
+        sink: always read the first tile; not in layers with a window of the model's own.
         diagonal: always read the row's own tile.
         layers: layers to use it in; all of them by default.
     """
@@ -78,8 +78,9 @@ class TileMethod(SparseAttention):
         if heads.window:
             place = torch.arange(scores.shape[3], device=scores.device)
             scores = torch.where(near_tiles(heads, place, self.block), scores, -torch.inf)
+        sink = self.sink and not heads.window  # which most rows do not see
         tiles = torch.ops.tamis.pick_tiles(
-            scores, heads.lengths, self.block, heads.causal, self.sink, self.diagonal, self.keep, self.mass
+            scores, heads.lengths, self.block, heads.causal, sink, self.diagonal, self.keep, self.mass
         )
         return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, share=self.share)
 
@@ -97,7 +98,7 @@ class BlockSparse(TileMethod):
         block: tokens of a tile.
         share: who shares a choice: each "query" head has its own (published), those of a "kv" head or of the "layer"
             have that of their mean score.
-        sink: always read the first tile.
+        sink: always read the first tile; not in layers with a window of the model's own.
         diagonal: always read the row's own tile.
         tiles: a row reads at most so many tiles, however many there are; 0: as `density` says.
         layers: layers to use it in; all of them by default.
@@ -139,7 +140,7 @@ class XAttention(TileMethod):
         block: tokens of a tile (published: 128).
         share: who shares a choice: each "query" head has its own (published), those of a "kv" head or of the "layer"
             have that of their mean score.
-        sink: always read the first tile.
+        sink: always read the first tile; not in layers with a window of the model's own.
         diagonal: always read the row's own tile.
         threshold: part of the estimated attention that is enough; 1.0: no limit but the density.
         stride: distance of the antidiagonals; divides the block (published: 8 or 16).

@@ -46,7 +46,7 @@ class FlexPrefill(TileMethod):
         block: tokens of a tile (published: 128).
         share: who shares a choice: each "query" head has its own (published), those of a "kv" head or of the "layer"
             have that of their mean.
-        sink: always read the first tile.
+        sink: always read the first tile; not in layers with a window of the model's own.
         diagonal: always read the row's own tile.
         gamma: part of the estimated attention that is enough (published: 0.9, or 0.95 for accuracy).
         tau: divergence below which a head gets a map of its own; 0: none does.

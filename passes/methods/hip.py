@@ -19,7 +19,7 @@ from ...errors import BadParameter
 from ...kernels.probe_chunks import row_ends
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import best
+from ..sparse_scores import best, first_seen
 
 STAGES = ("chunks", "keeps", "strides")
 
@@ -96,11 +96,13 @@ class HiP(SparseAttention):
         """The chunks left after the last stage."""
         device = heads.queries.device
         ends = row_ends(heads.tokens, heads.lengths, self.block, self.local, heads.queries)
+        begin = first_seen(heads, self.block)
         place = torch.arange((heads.tokens + self.chunks[0] - 1) // self.chunks[0], device=device) * self.chunks[0]
         starts, before = (place + self.sink)[None, None, None], self.chunks[0]
         for chunk, keep, stride in zip(self.chunks, self.keeps, self.strides, strict=True):
             starts = (starts.unsqueeze(-1) + torch.arange(0, before, chunk, device=device)).flatten(-2)
-            allowed = (starts >= self.sink) & (starts < ends)
+            near = torch.minimum(starts + chunk, ends) > begin
+            allowed = (starts >= self.sink) & (starts < ends) & near
             scores = self.scores(heads, starts, chunk, stride)
             found = best(scores, -(-keep // chunk), allowed, torch.zeros_like(allowed))
             kept = starts.expand(scores.shape).gather(-1, found.clamp(min=0))
@@ -113,6 +115,6 @@ class HiP(SparseAttention):
 
     def scores(self, heads: Heads, starts: Tensor, chunk: int, stride: int) -> Tensor:
         """How much each row likes the chunks at starts [B or 1, S or 1, R or 1, M]: [B, S, R, M]."""
-        rest = heads.lengths, chunk, stride, self.block, self.local, self.share
+        rest = heads.lengths, chunk, stride, self.block, self.local, self.share, heads.window
         scores: Tensor = torch.ops.tamis.probe_chunks(heads.queries, heads.keys, starts, *rest)
         return scores

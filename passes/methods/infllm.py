@@ -14,7 +14,7 @@ from torch import Tensor
 from ...attention_index import SHARES, AttentionIndex, Heads
 from ...registry import register
 from ..sparse import arguments
-from ..sparse_scores import best, ranks, shared, tile_means
+from ..sparse_scores import best, first_seen, ranks, shared, tile_means
 from .lm_infinite import TwoAngles
 
 
@@ -90,10 +90,11 @@ class InfLLM(TwoAngles):
         real = torch.zeros_like(first) + heads.tokens if heads.lengths is None else heads.lengths.reshape(-1, 1, 1, 1)
         real = (first < real).expand(scores.shape[0], 1, -1, -1)
         closed = ((first - self.local - self.sink) // self.block).clamp(min=0)  # blocks before all windows of the chunk
-        allowed = (block < closed) & real
+        unseen = (first_seen(heads, self.chunk) - self.sink).clamp(min=0) // self.block  # blocks before the model's own
+        allowed = (block >= unseen) & (block < closed) & real
         found = best(scores, self.blocks, allowed, torch.zeros_like(allowed))
         rest = closed + torch.arange(-(-(self.block - 1 + self.chunk) // self.block), device=scores.device)
-        between = real & (self.sink + rest * self.block < first + self.chunk - self.local)
+        between = real & (rest >= unseen) & (self.sink + rest * self.block < first + self.chunk - self.local)
         rest = torch.where(between, rest, -1).expand(-1, scores.shape[1], -1, -1)
         tiles = torch.cat([found, rest], -1)
         tiles = torch.where(tiles < 0, heads.tokens, self.sink + tiles * self.block).sort(-1).values

@@ -13,7 +13,7 @@ import torch
 from ...attention_index import AttentionIndex, Heads
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import drawn_tiles
+from ..sparse_scores import drawn_tiles, near_tiles
 
 
 @register("longformer")
@@ -98,8 +98,9 @@ class BigBird(SparseAttention):
         drawn = drawn_tiles(heads, self.block, self.seed)
         end = tile[-1:] if heads.lengths is None else ((heads.lengths - 1) // self.block).reshape(-1, 1, 1, 1)
         always = ((row - tile).abs() <= 1) | (tile == 0) | (tile == end)
-        scores = torch.where(always, torch.inf, drawn)
+        seen = near_tiles(heads, tile, self.block)
+        scores = torch.where(seen, torch.where(always, torch.inf, drawn), -torch.inf)
         tiles = torch.ops.tamis.pick_tiles(
-            scores, heads.lengths, self.block, heads.causal, True, True, [0, 5 + self.random, 1], 1.0
+            scores, heads.lengths, self.block, heads.causal, not heads.window, True, [0, 5 + self.random, 1], 1.0
         )
         return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, first=self.block, last=self.block)

@@ -15,7 +15,17 @@ from ...counts import exact
 from ...kernels.attention import capped
 from ...registry import register
 from ..sparse import SparseAttention, permuted
-from ..sparse_scores import ROUNDED_UP, covering, in_tiles, pooled_logits, ranks, real_tiles, repeated, shared
+from ..sparse_scores import (
+    ROUNDED_UP,
+    covering,
+    first_seen,
+    in_tiles,
+    pooled_logits,
+    ranks,
+    real_tiles,
+    repeated,
+    shared,
+)
 from ..stream_state import take_rows
 
 
@@ -101,6 +111,9 @@ class PBS(SparseAttention):
         whole = torch.arange(heads.tokens, device=device) < (ends // self.segment * self.segment).unsqueeze(1)
         there = (place >= 0)[:, None, :, None]
         seen = there & whole[:, None, None, :]
+        if heads.window:
+            distance = place.unsqueeze(2) - torch.arange(heads.tokens, device=device)
+            seen = seen & (distance < heads.window).unsqueeze(1)
         weights = torch.where(seen, logits, torch.finfo(torch.float32).min).softmax(-1)
         return torch.where(seen, weights, 0.0).sum(2) / there.sum(2).clamp(min=1)
 
@@ -108,7 +121,8 @@ class PBS(SparseAttention):
         """[B, S, R, C] pooled attention to chosen tiles of earlier segments, 2 for what is always read, or -inf."""
         tile = torch.arange((heads.tokens + self.block - 1) // self.block, device=order.device)
         segment = tile * self.block // self.segment
-        earlier = (segment < segment.unsqueeze(1)) & real_tiles(heads, self.block).unsqueeze(3)
+        near = self._near(heads, order)
+        earlier = (segment < segment.unsqueeze(1)) & real_tiles(heads, self.block).unsqueeze(3) & near
         logits = shared(pooled_logits(heads, permuted(heads.keys, order), self.block), heads, self.share)
         weights = torch.where(earlier, logits, torch.finfo(torch.float32).min).softmax(-1)
         weights = torch.where(earlier, weights, -1.0)
@@ -116,6 +130,16 @@ class PBS(SparseAttention):
         most = (part.numerator * earlier.sum(-1, keepdim=True) + part.denominator - 1) // part.denominator
         chosen = earlier & covering(weights.clamp(min=0), self.threshold, crossing=True) & (ranks(weights) < most)
         first = in_tiles((order == 0).float().unsqueeze(-1), self.block).sum((3, 4)) > 0  # [B, Hk, C]
-        first = first[:, :1] if self.share == "layer" else repeated(first, heads) if self.share == "query" else first
-        always = (segment == segment.unsqueeze(1)) | (first.unsqueeze(2) & earlier)
+        always = (segment == segment.unsqueeze(1)) & near | (self._of_sets(first, heads).unsqueeze(2) & earlier)
         return torch.where(always, 2.0, torch.where(chosen, weights, -torch.inf))
+
+    def _near(self, heads: Heads, order: Tensor) -> Tensor:
+        """[B, S, R, C] bool: whether a tile ends within the window of a row's first query; or all true, of any size."""
+        if not heads.window:
+            return torch.ones((), dtype=torch.bool, device=order.device)
+        ends = in_tiles(order.unsqueeze(-1), self.block).amax((3, 4))
+        return self._of_sets(ends, heads).unsqueeze(2) >= first_seen(heads, self.block)
+
+    def _of_sets(self, x: Tensor, heads: Heads) -> Tensor:
+        """x [B, Hk, C] of key heads for those who share a choice, [B, S, C]."""
+        return x[:, :1] if self.share == "layer" else repeated(x, heads) if self.share == "query" else x

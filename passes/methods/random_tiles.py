@@ -28,7 +28,7 @@ class RandomTiles(TileMethod):
         density: of the tiles that a row may read, at most this fraction is read (rounded up); 1.0 is dense attention.
         block: tokens of a tile.
         share: who shares a draw: each "query" head, each "kv" head, or the "layer".
-        sink: always read the first tile.
+        sink: always read the first tile; not in layers with a window of the model's own.
         diagonal: always read the row's own tile.
         seed: another draw for each.
         layers: layers to use it in; all of them by default.

@@ -35,7 +35,7 @@ class Sparge(TileMethod):
         block: tokens of a tile.
         share: who shares a choice: each "query" head has its own (published), those of a "kv" head or of the "layer"
             have what any of them chose.
-        sink: always read the first tile.
+        sink: always read the first tile; not in layers with a window of the model's own.
         diagonal: always read the row's own tile.
         threshold: part of the pooled attention that is enough.
         similarity: mean cosine up to which a tile counts as mixed; -1 and less: none does.

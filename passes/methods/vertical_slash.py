@@ -13,7 +13,7 @@ import torch
 from ...attention_index import SHARES, AttentionIndex, Heads
 from ...registry import register
 from ..sparse import SparseAttention
-from ..sparse_scores import best, diagonal_sums, is_real, last_queries, shared
+from ..sparse_scores import best, diagonal_sums, first_seen, is_real, last_queries, shared
 
 
 @register("vertical-slash")
@@ -68,10 +68,13 @@ class VerticalSlash(SparseAttention):
         weights, place = last_queries(heads, self.estimate)
         columns, slashes = (shared(sums, heads, self.share) for sums in (weights.sum(2), diagonal_sums(weights, place)))
         token, real = torch.arange(heads.tokens, device=columns.device), is_real(heads).unsqueeze(1)
+        shown = real & (token < heads.window) if heads.window else real
         tiles, single = torch.ops.tamis.slash_tiles(
-            best(slashes, max(self.slashes, self.near), real, token < self.near),
+            best(slashes, max(self.slashes, self.near), shown, token < self.near),
             best(columns, max(self.columns, self.sink, 1), real, token < self.sink),
             heads.tokens,
             self.block,
         )
+        if heads.window:
+            single = torch.where(single < first_seen(heads, self.block), -1, single)
         return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, columns=single, share=self.share)
