@@ -24,7 +24,8 @@ from torch import Tensor
 from ..op import OnnxCall, Op, define_op
 from . import block_sparse_attention
 from .block_sparse_attention import INDEX_SCHEMA, pairs_held
-from .gathered_attention import attended, received
+from .block_sparse_received_rows import received_rows
+from .gathered_attention import attended, received, received_by
 from .onnx_block_sparse import BlockSparseReceived, of_index
 from .precision import compute_dtype
 from .sparse_pairs import MaybeTensor, Pairs
@@ -33,6 +34,11 @@ from .sparse_pairs import MaybeTensor, Pairs
 def reference(q: Tensor, k: Tensor, lse: Tensor, weight: MaybeTensor, *index: Any) -> Tensor:
     """See the module."""
     return received(q, k, lse, weight, *Pairs.of(*index))
+
+
+def on_cpu(q: Tensor, k: Tensor, lse: Tensor, weight: MaybeTensor, *index: Any) -> Tensor:
+    """The same where a program on a CPU calls the op."""
+    return received_by(received_rows, q, k, lse, weight, *Pairs.of(*index))
 
 
 def fake(q: Tensor, *_: Any) -> Tensor:
@@ -64,6 +70,7 @@ BLOCK_SPARSE_RECEIVED = define_op(
         name="block_sparse_received",
         schema=f"(Tensor q, Tensor k, Tensor lse, Tensor? weight, {INDEX_SCHEMA}) -> Tensor",
         reference=reference,
+        on_cpu=on_cpu,
         fake=fake,
         onnx=onnx,
         flops=flops,

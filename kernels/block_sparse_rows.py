@@ -41,6 +41,14 @@ class Rows:
         """Queries of each row."""
         return (self.end - self.first) // len(self.keys)
 
+    def by_set(self, x: Tensor, sets: int) -> Tensor:
+        """x [H, R * queries, D] of query heads in sets that share their keys, [R, sets, H / sets * queries, D]."""
+        return x.reshape(sets, -1, len(self.keys), self.queries, x.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The keys that the rows read, of x [Hk, N, D]: [R, Hk, M, D]."""
+        return x.index_select(1, self.places).unflatten(1, self.keys.shape).transpose(0, 1)
+
 
 def attend_rows(
     q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, softcap: float | None, *, lse: bool = False
@@ -50,14 +58,30 @@ def attend_rows(
     lse  whether the log-sum-exp of the logits is wanted too, [B, H, N]; logits of a few rows are then held whole
     """
     batch, heads, tokens, _ = q.shape
-    key_heads = k.shape[1]
-    sets = index.sets(heads, key_heads)
     out = q.new_empty((batch, tokens, heads, v.shape[-1]))
     sums = q.new_full((batch, heads, tokens), -torch.inf, dtype=compute_dtype(q)) if lse else None
-    ends = [tokens] * batch if index.lengths is None else index.lengths.tolist()
-    masks = Masks(heads // max(sets, key_heads), index, q)
-    for b, end in enumerate(ends):
+    masks = Masks.of_heads(index, q, k)
+    for b, end in enumerate(_ends(index, batch, tokens)):
         out[b, end:] = 0
+    for b, ours, theirs, rows in rows_of(index, q, k):
+        place = slice(rows.first, rows.end)
+        mixed, found = _attend(q[b, ours, place], k[b, theirs], v[b, theirs], rows, masks, scale, softcap, lse)
+        # one copy, from [R, H, queries, D] to where they belong
+        out[b, place, ours].unflatten(0, (-1, rows.queries)).copy_(mixed.transpose(1, 2))
+        if sums is not None and found is not None:
+            sums[b, ours, place] = found
+    return out.transpose(1, 2), sums
+
+
+def _ends(index: Pairs, batch: int, tokens: int) -> list[int]:
+    return [tokens] * batch if index.lengths is None else index.lengths.tolist()
+
+
+def rows_of(index: Pairs, q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice, Rows]]:
+    """All rows with real queries, of which batch row, and which heads of q and of k [B, H, N, D] they are."""
+    heads, key_heads = q.shape[1], k.shape[1]
+    sets = index.sets(heads, key_heads)
+    for b, end in enumerate(_ends(index, q.shape[0], q.shape[2])):
         for s in range(sets):
             ours = slice(s * heads // sets, (s + 1) * heads // sets)
             first = s * key_heads // sets
@@ -68,25 +92,17 @@ def attend_rows(
             )
             places = None if index.positions is None else inverse(index.positions[b, first].long())
             for rows in _rows_of(tiles, columns, places, index, end):
-                place = slice(rows.first, rows.end)
-                parts = q[b, ours, place], k[b, theirs], v[b, theirs]
-                mixed, found = _attend(*parts, rows, masks, scale, softcap, lse)
-                # one copy, from [R, H, queries, D] to where they belong
-                out[b, place, ours].unflatten(0, (-1, rows.queries)).copy_(mixed.transpose(1, 2))
-                if sums is not None and found is not None:
-                    sums[b, ours, place] = found
-    return out.transpose(1, 2), sums
+                yield b, ours, theirs, rows
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, masks: Masks, scale: float, softcap: float | None, lse: bool
 ) -> tuple[Tensor, MaybeTensor]:
     """[R, H, queries, D] of q [H, R * queries, D] over k and v [Hk, N, D], 0 for who reads no key; and lse [H, .]."""
-    count, many = rows.keys.shape
-    q = q.reshape(len(k), -1, count, rows.queries, q.shape[-1]).permute(2, 0, 1, 3, 4).flatten(2, 3)
+    (count, many), q = rows.keys.shape, rows.by_set(q, len(k))
     if not many:
         return v.new_zeros((count, q.shape[1] * q.shape[2] // rows.queries, rows.queries, v.shape[-1])), None
-    k, v = (x.index_select(1, rows.places).unflatten(1, (count, many)).transpose(0, 1) for x in (k, v))
+    k, v = (rows.read(x) for x in (k, v))
     mask, sums = masks.of(rows), None
     if softcap is None and not lse:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -191,6 +207,12 @@ class Masks:
     def __init__(self, group: int, reach: Pairs, like: Tensor) -> None:
         self.group, self.reach = group, reach
         self.buffer = like.new_zeros((1, group, reach.rows, 0))
+
+    @staticmethod
+    def of_heads(reach: Pairs, q: Tensor, k: Tensor) -> Masks:
+        """Those for all rows of an index."""
+        heads, key_heads = q.shape[1], k.shape[1]
+        return Masks(heads // max(reach.sets(heads, key_heads), key_heads), reach, q)
 
     def of(self, rows: Rows) -> Tensor | None:
         """[R or 1, 1, G * queries, M]: 0 where a query reads a key, else -inf; None where every query reads all."""

@@ -6,6 +6,7 @@ used ones.  The definitions are in block_sparse_attention, block_sparse_with_lse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,11 +57,23 @@ def received(
     q: Tensor, k: Tensor, lse: Tensor, weight: MaybeTensor, index: Pairs, scale: float, softcap: float | None
 ) -> Tensor:
     """What every key gets of the attention over the pairs of the index, [B, H, N] by its place in memory."""
-    batch, heads, tokens = q.shape[:3]
+    return received_by(_from_rows, q, k, lse, weight, index, scale, softcap)
+
+
+def received_by(
+    from_rows: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: MaybeTensor,
+    index: Pairs,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`received`, where `from_rows` says what keys get from tokens that do not read everything."""
     dtype = compute_dtype(q)
     lse = torch.where(lse == -torch.inf, torch.inf, lse.to(dtype))
     shares = torch.ones_like(lse) if weight is None else weight.to(dtype).unsqueeze(1).expand(lse.shape)
-    places, seen = gathered(index, tokens, heads, k.shape[1], q.device)
     few = None
     if index.first + index.last:
         logits, named, once = _of_dense_rows(q, k, index, scale, softcap)
@@ -68,13 +81,21 @@ def received(
         part = torch.where(once.unsqueeze(1), shares.gather(2, at), 0.0).unsqueeze(-1)
         few = (part * (logits - lse.gather(2, at).unsqueeze(-1)).exp()).sum(2)
         shares = shares.scatter(2, at, 0.0)
+    sums = from_rows(q, k, lse, shares, index, scale, softcap)
+    return sums if few is None else sums + few
+
+
+def _from_rows(
+    q: Tensor, k: Tensor, lse: Tensor, shares: Tensor, index: Pairs, scale: float, softcap: float | None
+) -> Tensor:
+    batch, heads, tokens = q.shape[:3]
+    places, seen = gathered(index, tokens, heads, k.shape[1], q.device)
     rows = _Rows(q, k, places, index)
     logits = torch.where(rows.of_seen(seen), capped(grouped_logits(rows.q, rows.k, scale), softcap), -torch.inf)
     part = (rows.of(shares) * (logits - rows.of(lse, torch.inf)).exp()).sum(2)  # [B * sets * R, group, K]
     part = part.reshape(batch, rows.sets, rows.count, rows.group, -1).transpose(2, 3).flatten(3)
     at = places.expand(batch, rows.sets, -1, -1).flatten(2).unsqueeze(2).expand(part.shape)
-    sums = part.new_zeros((*part.shape[:3], tokens)).scatter_add(3, at, part).reshape(batch, heads, tokens)
-    return sums if few is None else sums + few
+    return part.new_zeros((*part.shape[:3], tokens)).scatter_add(3, at, part).reshape(batch, heads, tokens)
 
 
 class _Rows:

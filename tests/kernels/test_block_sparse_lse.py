@@ -18,8 +18,8 @@ every_case = pytest.mark.parametrize("seed", range(24))
 both = pytest.mark.parametrize("form", ["called", "inlined"])
 
 
-def with_lse(form: str) -> Any:
-    op = OPS["block_sparse_attention_with_lse"]
+def with_lse(form: str, name: str = "block_sparse_attention_with_lse") -> Any:
+    op = OPS[name]
     return op.call if form == "called" else op.reference
 
 
@@ -76,17 +76,18 @@ def test_an_empty_part_leaves_the_other_as_it_is() -> None:
     assert torch.equal(sums, empty)
 
 
+@both
 @every_case
-def test_what_keys_receive_adds_up_to_the_weights(seed: int) -> None:
-    case = drawn_case(seed)
+def test_what_keys_receive_adds_up_to_the_weights(seed: int, form: str) -> None:
+    case, received = drawn_case(seed), with_lse(form, "block_sparse_received")
     weight = torch.rand(case.q.shape[0], case.q.shape[2], generator=torch.Generator().manual_seed(seed))
     _, lse = with_lse("called")(*case.args)
-    got = torch.ops.tamis.block_sparse_received(case.q, case.k, lse, weight, *case.args[3:])
+    got = received(case.q, case.k, lse, weight, *case.args[3:])
     logits = logits_of(case)
     shares = logits.softmax(-1).nan_to_num(0.0) * weight[:, None, :, None]
     torch.testing.assert_close(got.double(), shares.sum(2), rtol=1e-4, atol=1e-5)
     read = (logits > -torch.inf).any(-1)
     total = torch.where(read, weight.unsqueeze(1).double(), 0.0).sum(-1)
     torch.testing.assert_close(got.double().sum(-1), total, rtol=1e-5, atol=1e-5)
-    alone = torch.ops.tamis.block_sparse_received(case.q, case.k, lse, None, *case.args[3:])
+    alone = received(case.q, case.k, lse, None, *case.args[3:])
     torch.testing.assert_close(alone.double(), logits.softmax(-1).nan_to_num(0.0).sum(2), rtol=1e-4, atol=1e-5)
