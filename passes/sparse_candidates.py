@@ -20,9 +20,11 @@ SPREAD = (1, 4, 16)  # a diagonal that stands alone costs as much as a tile; nei
 
 
 def candidates(tokens: int, budget: float, share: str = "query") -> list[SparseAttention]:
-    """Patterns that read about `budget` of the causal pairs of `tokens` tokens, 64 or more."""
-    room = budget * tokens  # tiles must be few enough of it to leave a choice
-    block = 64 if room >= 256 else 32 if room >= 128 else 16
+    """Patterns that read about `budget` of the causal pairs of `tokens` tokens, 64 or more.
+
+    Tiles are a 64th of the prompt, between 16 and 64: larger ones leave little choice, and diagonals cost too much.
+    """
+    block = 64 if tokens >= 4096 else 32 if tokens >= 2048 else 16
     window = _window(tokens, budget)
     sink = min(64, window // 4)
     found: list[SparseAttention] = [AShape(sink=sink, local=max(1, window - sink))]

@@ -18,10 +18,13 @@ class LayerHeads(SparseInterpreter):
     """Runs the original on values, as far as its last layer, and hands out each layer's heads on the way.
 
     Values are let go of as soon as nothing further on reads them.
+
+    lasting  heads can still be asked for queries and keys at other positions when the run is past their layer
     """
 
-    def __init__(self, graph: TokenGraph, layers: Sequence[int]) -> None:
+    def __init__(self, graph: TokenGraph, layers: Sequence[int], *, lasting: bool = False) -> None:
         super().__init__(graph, {})
+        self._lasting = lasting
         self._at = {graph.sites[graph.layers[index].site].node: graph.layers[index] for index in layers}
 
     def __call__(self, inputs: Sequence[Any]) -> Iterator[tuple[Layer, Heads]]:
@@ -57,6 +60,8 @@ class LayerHeads(SparseInterpreter):
         masks = {site.mask.padding_node for site in sites if site.mask.padded}
         nodes = list(self.module.graph.nodes)  # type: ignore[union-attr,arg-type]
         self._kept = {node for node in nodes if node.name in masks}
+        if self._lasting:
+            self._kept.update(read for node in nodes for read in self._rotated_from(node))
         last = max(i for i, node in enumerate(nodes) if node.name in self._at)
         return nodes[: last + 1]
 

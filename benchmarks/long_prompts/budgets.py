@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from tamis.attention_index import Heads
@@ -16,7 +17,7 @@ from tamis.passes.methods.block_sparse import TileMethod
 from tamis.passes.sparse import SparseAttention
 from tamis.registry import origin_of, registered_passes
 
-from .watch import looked_at, mean_density
+from .watch import looked_at
 
 CONTROL = "random-tiles"
 UNSURE = ("flex-prefill", "pbs", "sparge", "vertical-slash", "x-attention")  # what they read follows from their input
@@ -67,6 +68,13 @@ def _halved(x: float, tokens: int) -> dict[str, Any]:
     return {"sink": block, "local": 2 * block, "block": block, "chunks": chunks, "keeps": keeps}
 
 
+def _looked_up(x: float, tokens: int) -> dict[str, Any]:
+    """A window twice as wide as all blocks, as published (4096 tokens, 16 blocks of 128); rows are of a tile."""
+    block = tile(tokens)
+    local, blocks = (max(1, round(x * tokens * part / block)) for part in (2 / 3, 1 / 3))
+    return {"sink": block // 4, "local": local * block, "blocks": blocks, "block": block, "chunk": block}
+
+
 def _of_tiles(x: float, tokens: int) -> dict[str, Any]:
     return {"density": x, "block": tile(tokens)}
 
@@ -80,6 +88,7 @@ KNOBS: dict[str, Knob] = {
     "bigbird": lambda x, tokens: {"block": tile(tokens), "random": round(64 * x)},
     "vertical-slash": _slashes,
     "hip": _halved,
+    "infllm": _looked_up,
     "pbs": _capped("threshold", 0.9, segment=2),
     "x-attention": _capped("threshold", 0.9, stride=1 / 8),
     "flex-prefill": _capped("gamma", 0.9, min_budget=4),
@@ -102,33 +111,37 @@ def knob_of(cls: type[SparseAttention]) -> Knob | None:
     return _of_tiles if issubclass(cls, TileMethod) else None
 
 
-def at_density(cls: type[SparseAttention], target: float, samples: Sequence[Heads]) -> SparseAttention:
-    """The method whose pairs read on the samples come nearest to `target` of the causal pairs."""
+def at_density(cls: type[SparseAttention], target: float, samples: Sequence[Heads], **fixed: Any) -> SparseAttention:
+    """The method whose pairs read on the samples come nearest to `target` of the causal pairs; `fixed` parameters."""
     knob = knob_of(cls)
     assert knob is not None, cls.name
     tokens = samples[0].tokens
     low, high, best = 0.0, 1.0, (math.inf, cls())
     for _ in range(STEPS):
         middle = (low + high) / 2
-        method = cls(**rounded(knob(middle, tokens)))
-        found = mean_density([looked_at(method, heads) for heads in samples])
+        method = cls(**{**rounded(knob(middle, tokens)), **fixed})
+        found = fmean(fmean(looked_at(method, heads).density) for heads in samples)
         best = min(best, (abs(found - target), method), key=lambda one: one[0])
         low, high = (middle, high) if found < target else (low, middle)
     return best[1]
 
 
 def settled(
-    cls: type[SparseAttention], target: float, samples: Sequence[Heads], run: Callable[[SparseAttention], float]
+    cls: type[SparseAttention],
+    target: float,
+    samples: Sequence[Heads],
+    run: Callable[[SparseAttention], float],
+    **fixed: Any,
 ) -> SparseAttention:
     """`at_density`; a method that is unsure of what it reads is tried in a whole run, and its knob turned once more.
 
     run  the density of the rewritten model's own run: what layers see there is not what they see in the dense model
     """
-    method = at_density(cls, target, samples)
+    method = at_density(cls, target, samples, **fixed)
     if cls.name not in UNSURE:
         return method
     missed = run(method) / target
-    return method if abs(missed - 1) <= NEAR else at_density(cls, target / missed, samples)
+    return method if abs(missed - 1) <= NEAR else at_density(cls, target / missed, samples, **fixed)
 
 
 def rounded(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A captured model run with a sparse attention method at its sites, without making a new graph first.
+"""A captured model run with sparse attention passes at its sites, without making a new graph first.
 
-The rewrite of a method runs the captured graph under tracing and lets the method answer at the attention sites; here
-the same interpreter runs on real tensors instead.  It computes what the compiled model computes, which the tests hold,
-and a method with other parameters costs nothing to make.
+The rewrite of a pass runs the captured graph under tracing and lets the pass answer at the attention sites; here the
+same interpreter runs on real tensors instead.  It computes what the compiled model computes, which the tests hold, and
+a pass with other parameters costs nothing to make.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ import torch
 from torch import Tensor, fx
 
 from tamis.graph import TokenGraph
-from tamis.passes.sparse_rewrite import Part, SparseInterpreter
+from tamis.passes.sparse_rewrite import Placed, SparseInterpreter
 from tamis.runtime.inputs import graph_inputs
 
 
 class Spliced(SparseInterpreter):
     """`decoder(ids)`: last hidden states [B, N, C], and keys and values of every layer.
 
-    method  what has `attend`; None: dense
+    placed  who answers at which attention node; where nobody does, attention is dense
     """
 
-    def __init__(self, graph: TokenGraph, method: Any) -> None:
-        sites = [(layer, graph.sites[layer.site]) for layer in graph.layers] if method else []
-        placed = {site.node: (layer, [Part(method, tuple(range(site.heads)))]) for layer, site in sites}
+    def __init__(self, graph: TokenGraph, placed: Placed) -> None:
         super().__init__(graph, placed)
         self._finished = _finished(graph)
 

@@ -7,6 +7,7 @@ without its head, captured by tamis; the head is applied where a token is scored
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +21,11 @@ from tamis.attention_index import Heads
 from tamis.passes.sparse import SparseAttention
 from tamis.passes.sparse_recall import LayerHeads
 from tamis.runtime.api import Prepared, prepare
+from tamis.runtime.calibrate import calibrate
 from tamis.runtime.inputs import graph_inputs
 
 from .spliced import Spliced
-from .watch import Watched, mean_density
+from .watch import EVERY, Watched
 
 LICENCE = Path("/usr/share/common-licenses/GPL-3")
 TEXTS = ("manual", "licence")
@@ -76,9 +78,9 @@ class Subject:
         """The captured decoder: last hidden states and key-value cache."""
         return prepare(self.model.model, kwargs={"input_ids": self.tokens("manual", 200)})
 
-    def decoder(self, method: Any = None) -> Spliced:
-        """The decoder with a method (whatever has `attend`) at every layer; with none, dense."""
-        return Spliced(self.prepared.graph, method)
+    def decoder(self, watched: Watched | None = None) -> Spliced:
+        """The decoder with passes that are watched; with none, dense."""
+        return Spliced(self.prepared.graph, watched.placed(self.prepared.graph) if watched else {})
 
     def tokens(self, name: str, length: int, skip: int = 0) -> Tensor:
         """[1, length] ids of a text, from its start or `skip` tokens on."""
@@ -90,15 +92,20 @@ class Subject:
         """What some layers of the dense model see of a part of the manual that is not scored."""
         if length not in self._samples:
             graph, call = self.prepared.graph, ((), {"input_ids": self.tokens("manual", length, APART)})
-            layers = LayerHeads(graph, SAMPLED)(graph_inputs(graph.program, call))
+            layers = LayerHeads(graph, SAMPLED, lasting=True)(graph_inputs(graph.program, call))
             self._samples[length] = [heads for _, heads in layers]
         return self._samples[length]
 
-    def density(self, method: SparseAttention, length: int) -> float:
-        """What the model with a method reads of that part."""
-        watched = Watched(method)
+    def density(self, passes: Sequence[SparseAttention], length: int) -> float:
+        """What the model with passes reads of that part."""
+        watched = Watched(passes)
         self.decoder(watched)(self.tokens("manual", length, APART))
-        return mean_density(watched.layers)
+        return float(watched.reading(recall=False)["density"])
+
+    def searched(self, budget: float, length: int) -> Sequence[SparseAttention]:
+        """A pattern for each head, as `tamis.calibrate` finds it on that part; no head stays dense."""
+        prompt = {"input_ids": self.tokens("manual", length, APART)}
+        return calibrate(self.prepared.graph, kwargs=prompt, budget=budget, least=0.0, every=EVERY).passes
 
     @torch.inference_mode()
     def perplexity(self, decoder: Any, name: str, length: int) -> list[float]:

@@ -6,6 +6,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,17 +14,23 @@ import smollm2
 import smollm2_page
 import torch
 from long_prompts.budgets import CONTROL, KNOBS, at_density, knob_of, methods, settled, tile
+from long_prompts.entries import entries, said
 from long_prompts.spliced import Spliced
-from long_prompts.watch import Watched, mean_density, reading
+from long_prompts.watch import Watched, looked_at
 from sparse_oracle import drawn, expanded, recall
 from torch import nn
 from zoo import draw
 
 from tamis.capture import capture
 from tamis.graph import TokenGraph
+from tamis.passes.methods.a_shape import AShape
 from tamis.passes.methods.block_sparse import BlockSparse
+from tamis.passes.methods.infllm import InfLLM
 from tamis.passes.methods.lm_infinite import LMInfinite
+from tamis.passes.sparse_recall import LayerHeads
+from tamis.passes.sparse_rewrite import Part
 from tamis.rewrite import Pipeline
+from tamis.runtime.inputs import graph_inputs
 
 RUN = {"date": "2026-01-01", "commit": "0123456789", "machine": "x86_64", "versions": {"torch": "2.15"}}
 
@@ -42,30 +49,44 @@ def ids(length: int) -> torch.Tensor:
     return torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
 
 
+EACH = (AShape(sink=4, local=20, heads={0: [0, 1], 2: [3]}), BlockSparse(density=0.3, block=8, heads={0: [2], 1: [1]}))
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("method", [BlockSparse(density=0.3, block=8), LMInfinite(sink=4, local=24)], ids=str)
-def test_a_method_spliced_in_computes_what_the_rewritten_graph_computes(method: Any) -> None:
+@pytest.mark.parametrize(
+    "passes", [(BlockSparse(density=0.3, block=8),), (LMInfinite(sink=4, local=24),), EACH], ids=str
+)
+def test_passes_spliced_in_compute_what_the_rewritten_graph_computes(passes: Any) -> None:
     model, graph = decoder()
     prompt = ids(75)
-    watched = Watched(method)
-    hidden, filled = Spliced(graph, watched)(prompt)
-    rewritten = Pipeline((method,)).run(graph).graph.program.module()(input_ids=prompt)
+    watched = Watched(passes)
+    hidden, filled = Spliced(graph, watched.placed(graph))(prompt)
+    rewritten = Pipeline(passes).run(graph).graph.program.module()(input_ids=prompt)
     torch.testing.assert_close(hidden, rewritten.last_hidden_state, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(filled[2], tuple(rewritten.past_key_values[2]), rtol=1e-5, atol=1e-6)
     dense = model(prompt)
-    torch.testing.assert_close(Spliced(graph, None)(prompt)[0], dense.last_hidden_state, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Spliced(graph, {})(prompt)[0], dense.last_hidden_state, rtol=1e-5, atol=1e-6)
     assert (hidden - dense.last_hidden_state).norm() > 0.01 * hidden.norm()
-    assert len(watched.layers) == 3
-    assert 0.2 < mean_density(watched.layers) < 0.6
+    some = {(layer, head) for one in passes for layer, of in (one.heads or {}).items() for head in of}
+    for layer, heads in enumerate(watched.of_heads("density")):
+        for head, density in enumerate(heads):
+            assert 0.2 < density < 0.7 if (layer, head) in some or not some else density == 1
 
 
 def test_what_is_read_is_noted_as_the_oracle_has_it() -> None:
-    heads, watched = drawn(1, 101), Watched(BlockSparse(density=0.3, block=8))
-    watched.attend(heads)
-    found = reading(watched.layers, recall=True)
-    mask, places = expanded(watched.method.index(heads), heads), torch.arange(16, 101, 17)
-    assert found["density"] == round((mask[:, :, places].sum() / (8 * (places + 1).sum())).item(), 4)
-    each = recall(heads, mask)[:, :, places].mean((0, 2))
+    """Two prompts, whose pairs are added."""
+    method, watched = BlockSparse(density=0.3, block=8), Watched([], heads=[4])
+    whole = tuple(range(4))
+    pairs, visible, shares = 0.0, 0, []
+    for seed, tokens in ((1, 101), (2, 60)):
+        heads = drawn(seed, tokens)
+        watched.noting(0, Part(method, whole)).method.attend(heads)
+        mask, places = expanded(method.index(heads), heads), torch.arange(16, tokens, 17)
+        pairs, visible = pairs + mask[:, :, places].sum().item(), visible + 8 * (places + 1).sum().item()
+        shares.append(recall(heads, mask)[:, :, places])
+    found = watched.reading(recall=True)
+    assert found["density"] == round(pairs / visible, 4)
+    each = torch.cat([one.transpose(0, 1).flatten(1) for one in shares], 1).mean(1)
     assert found["recall"] == [pytest.approx(each.mean().item(), abs=1e-4)]
     assert found["lowest"] == [pytest.approx(each.min().item(), abs=1e-4)]
 
@@ -75,9 +96,8 @@ def test_every_knob_reaches_a_density(name: str) -> None:
     """To within what a tile or a choice in steps allows; bigbird's own tiles are more than a tenth."""
     cls, heads = next(cls for cls in methods() if cls.name == name), drawn(2, 512, batch=1)
     for target in (0.5, 0.25):
-        watched = Watched(at_density(cls, target, [heads]))  # type: ignore[arg-type]
-        watched.attend(heads)
-        assert mean_density(watched.layers) == pytest.approx(target, abs=0.03), watched.method
+        method = at_density(cls, target, [heads])  # type: ignore[arg-type]
+        assert fmean(looked_at(method, heads).density) == pytest.approx(target, abs=0.03), method
 
 
 def test_a_threshold_is_turned_once_more_where_a_run_reads_otherwise() -> None:
@@ -89,12 +109,53 @@ def test_a_threshold_is_turned_once_more_where_a_run_reads_otherwise() -> None:
     assert settled(BlockSparse, 0.2, heads, lambda method: 0.4) == at_density(BlockSparse, 0.2, heads)
 
 
+def test_samples_can_be_asked_for_other_positions_after_the_run() -> None:
+    """InfLLM reads far keys at other positions, by tensors that a run lets go of."""
+    _, graph = decoder()
+    method = InfLLM(sink=2, local=8, blocks=1, block=4, chunk=8, stand_ins=2)
+    inputs = graph_inputs(graph.program, ((), {"input_ids": ids(75)}))
+    then = [method.index(heads).tiles for _, heads in LayerHeads(graph, range(3))(inputs)]
+    after = [heads for _, heads in LayerHeads(graph, range(3), lasting=True)(inputs)]
+    for tiles, heads in zip(then, after, strict=True):
+        assert torch.equal(tiles, method.index(heads).tiles)
+    gone = [heads for _, heads in LayerHeads(graph, range(3))(inputs)]
+    with pytest.raises(KeyError):
+        method.index(gone[0])
+
+
 def test_a_method_without_an_index_has_no_knob() -> None:
     class Other(BlockSparse):
         indexed = False
 
     assert knob_of(BlockSparse) is not None
     assert knob_of(Other) is None
+
+
+def test_entries_are_methods_shared_choices_and_searches() -> None:
+    found = entries()
+    assert {"a-shape", "infllm", "minference", CONTROL} <= found.keys()
+    assert not {"combiner", "routing", "a-shape:share=kv", f"{CONTROL}:share=kv"} & found.keys()
+    assert {"pbs:share=kv", "pbs:share=layer", "infllm:share=query"} <= found.keys()
+    assert not {"pbs:share=query", "infllm:share=layer"} & found.keys(), "is the method's own"
+    heads = drawn(2, 512, batch=1)
+    shared = at_density(BlockSparse, 0.25, [heads], share="layer")
+    assert shared.share == "layer"
+    assert at_density(BlockSparse, 0.25, [heads]).share == "query"
+
+
+def test_choices_shared_otherwise_are_measured_at_one_length() -> None:
+    asked = list(smollm2.jobs(["pbs", "pbs:share=kv"], [0.25]))
+    assert {length for length, _, name, _ in asked if name == "pbs:share=kv"} == {1024}
+    assert {length for length, _, name, _ in asked if name == "pbs"} == set(smollm2.LENGTHS)
+    assert {(name, density) for _, _, name, density in asked if name == "dense"} == {("dense", 1.0)}
+
+
+def test_a_cell_says_its_pass_or_how_many_heads_have_each() -> None:
+    assert said("block-sparse", [BlockSparse(block=8)]) == {"pass": "block-sparse:block=8"}
+    assert said("minference", [*EACH, AShape(heads={1: [0]})]) == {
+        "pass": "minference: a-shape at 4 heads, block-sparse at 2 heads",
+        "patterns": {"a-shape:sink=4,local=20": 3, "block-sparse:density=0.3,block=8": 2, "a-shape": 1},
+    }
 
 
 def test_tiles_are_a_64th_of_the_prompt() -> None:
@@ -180,4 +241,4 @@ def test_the_page_says_what_was_measured() -> None:
     assert smollm2_page.rendered(page.replace("generated -->\n", "generated -->\nold\n"), cells) == page
     assert "dense/1/1024/manual" in cells
     for name, cell in cells.items():
-        assert name.split("/")[0] in cell.get("pass", name), name
+        assert cell.get("pass", name).startswith(name.split("/")[0].partition(":")[0]), name

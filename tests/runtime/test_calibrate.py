@@ -17,6 +17,7 @@ import tamis
 from tamis.attention_index import Heads
 from tamis.errors import BadParameter, InputMismatch, ModelNotFound, NothingChanged
 from tamis.passes.index_pairs import held
+from tamis.passes.methods.a_shape import AShape
 from tamis.passes.methods.minference import MInference
 from tamis.passes.sparse_candidates import candidates
 from tamis.recipe_errors import NoPatternFound, TooShortToCalibrate
@@ -88,6 +89,11 @@ def test_default_patterns_cost_about_the_same() -> None:
             by_name.setdefault(method.name, []).append(density)
         assert by_name.keys() == {"a-shape", "vertical-slash", "block-sparse"}
         assert all(any(0.6 * budget < density <= 1.01 * budget for density in own) for own in by_name.values()), by_name
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(192, 16), (1024, 16), (2048, 32), (4096, 64), (32768, 64)])
+def test_default_tiles_are_a_64th_of_the_prompt_between_16_and_64(tokens: int, block: int) -> None:
+    assert {one.block for one in candidates(tokens, 0.25) if not isinstance(one, AShape)} == {block}
 
 
 def test_static_patterns_are_chosen_as_the_models_own_weights_say() -> None:
