@@ -40,13 +40,16 @@ def capture(
     from .analysis import analyse, without_tables
     from .canonical import canonicalise
     from .decoder import as_prefill
+    from .examples import check_fixed
     from .export import export_module
     from .sources import resolve
 
     source = resolve(model, args, kwargs)
     name = name or source.name
     program = source.model
-    if not isinstance(program, ExportedProgram):
+    if isinstance(program, ExportedProgram):
+        check_fixed(dynamic_shapes)
+    else:
         program = as_prefill(program, name)
         shapes = source.axes if source.axes is not None and dynamic_shapes == "auto" else dynamic_shapes
         program = export_module(program, source.args, source.kwargs, dynamic_shapes=shapes, name=name)

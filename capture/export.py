@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from ..error_text import first_line
 from ..errors import CaptureFailed, DataDependentControlFlow, ExampleInputsMissing, TamisError, TrainingMode
 from .dims import Axes, find_axes, widened
+from .examples import SHAPES, check_example, check_shapes
 from .program import with_ranges
 
 log = logging.getLogger("tamis")
@@ -57,10 +58,12 @@ def export_module(
         DataDependentControlFlow: a Python branch or size depends on the values of a tensor.
         CaptureFailed: export failed for another reason.
     """
+    check_shapes(dynamic_shapes)
     _refuse_training(model, name)
     args, kwargs = _normalised(model, args, dict(kwargs or {}))
     if not args and not kwargs and _needs_inputs(model):
         raise ExampleInputsMissing(model=name, hint="pass them as args=(tensor, ...) or kwargs={'name': tensor}.")
+    check_example(model, args, kwargs, name)
     with torch.no_grad(), _without_cache(model):
         if not isinstance(dynamic_shapes, str | Axes):
             return _export_once(model, args, kwargs, dynamic_shapes, name)
@@ -73,7 +76,7 @@ def _export_once(model: nn.Module, args: Any, kwargs: Any, shapes: Any, name: st
     try:
         return _export(model, args, kwargs, shapes)
     except Exception as error:
-        _raise(error, name)
+        _raise(error, name, shapes is not None)
 
 
 def _export_dynamic(model: nn.Module, args: Any, kwargs: Any, axes: Axes, name: str) -> ExportedProgram:
@@ -187,19 +190,21 @@ def _is_data_dependent(error: Exception) -> bool:
     return type(error).__name__ == "GuardOnDataDependentSymNode" or "data-dependent" in first_line(error).lower()
 
 
-def _raise(error: Exception, name: str) -> NoReturn:
+def _raise(error: Exception, name: str, shaped: bool = False) -> NoReturn:
     if isinstance(error, TamisError):  # of a model that is ours to run: it says itself what is wrong
         raise error
-    raise _explained(error, name) from error
+    raise _explained(error, name, shaped) from error
 
 
-def _explained(error: Exception, name: str) -> CaptureFailed:
+def _explained(error: Exception, name: str, shaped: bool) -> CaptureFailed:
     where = _user_line(error)
     reason = first_line(error)
     if _is_data_dependent(error):
         hint = "use torch.where, or torch.cond, or move the decision out of the model."
         return DataDependentControlFlow(model=name, reason="a branch or a size needs a value", where=where, hint=hint)
-    if _is_violation(error):
+    if shaped and "dynamic_shapes" in reason:
+        hint = SHAPES
+    elif _is_violation(error):
         hint = "say which dimensions change with dynamic_shapes=, as in torch.export."
     else:
         hint = "check that model(*args, **kwargs) itself runs on these example inputs."

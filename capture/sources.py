@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..error_text import brief
 from ..errors import MissingDependency, UnknownModelFormat, UnknownModelName
 from ..graph import Interface
+from ..parameters import keywords
 from .dims import Axes
 from .factory import call_factory
 from .paths import ACCEPTED, Spec, check_exists
@@ -64,7 +66,7 @@ def resolve(spec: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) 
         CorruptModel, PickleRefused, UnsafeProgram, UntrustedNativeCode: see `safe_pt2.load_program` and `hf`.
         MalformedGraph, UnknownOps and their kin, InputMismatch: see `onnx.source`.
     """
-    given = dict(kwargs or {})
+    given = keywords("compile", kwargs)
     if isinstance(spec, Source):
         return spec
     if isinstance(spec, ExportedProgram):
@@ -72,7 +74,7 @@ def resolve(spec: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) 
     if isinstance(spec, nn.Module):
         return Source(spec, args, given, name=type(spec).__name__)
     if not isinstance(spec, str | os.PathLike):
-        raise UnknownModelFormat(path=repr(spec)[:80], accepted=f"an nn.Module, an ExportedProgram, {ACCEPTED}")
+        raise UnknownModelFormat(path=brief(spec), accepted=f"an nn.Module, an ExportedProgram, {ACCEPTED}")
     read = check_exists(spec)
     if read.kind == "onnx":
         return _onnx(read, args, given)

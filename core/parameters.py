@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
+from .error_text import brief
 from .errors import BadParameter
 from .schedule import Schedule
 
@@ -71,7 +72,33 @@ def check_whole(where: str, least: int, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             rule = f"a whole number, {least} or more"
-            raise BadParameter(where=where, name=name, rule=rule, got=repr(value), hint=f"see help(tamis.{where}).")
+            raise BadParameter(where=where, name=name, rule=rule, got=brief(value), hint=f"see help(tamis.{where}).")
+
+
+def check_flags(where: str, **values: Any) -> None:
+    """Refuse arguments of a call, by name, that are neither True nor False.
+
+    Raises:
+        BadParameter: there is one.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            rule, hint = KINDS[bool], f"see help(tamis.{where})."
+            raise BadParameter(where=where, name=name, rule=rule, got=brief(value), hint=hint)
+
+
+def keywords(where: str, given: Any) -> dict[str, Any]:
+    """Inputs by name; nothing for None.
+
+    Raises:
+        BadParameter: it is no mapping from names.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        rule, hint = "a mapping from the names of inputs", 'write {"input_ids": ids}; without names they are args.'
+        raise BadParameter(where=where, name="kwargs", rule=rule, got=brief(given), hint=hint)
+    return dict(given)
 
 
 def integers(value: Any) -> Iterator[int]:

@@ -58,7 +58,7 @@ def find_pass(name: str) -> type[Pass]:
     known = registered_passes()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=2)
+    near = difflib.get_close_matches(str(name), known, n=2)
     error = UnknownPass(name=name, nearest=f"; did you mean {' or '.join(near)}?" if near else ".")
     for problem in problems():
         error.add_note(problem)

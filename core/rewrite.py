@@ -6,10 +6,11 @@ import ast
 import dataclasses
 import re
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from .error_text import brief
 from .errors import BadParameter, BadPassText, NothingChanged, UnknownParameter
 from .graph import TokenGraph
 from .parameters import advice, check_kinds, check_sizes, shown
@@ -144,6 +145,9 @@ class Pass(metaclass=PassType):
 def build_pass(name: str, parameters: dict[str, Any]) -> Pass:
     """A pass from its name and parameters; raises UnknownPass, UnknownParameter, BadParameter."""
     cls = find_pass(name)
+    if not isinstance(parameters, Mapping) or not all(isinstance(one, str) for one in parameters):
+        rule, hint = "a mapping from their names", f"for example {{{name!r}: {{'layers': [0, 1]}}}}."
+        raise BadParameter(where=name, name="parameters", rule=rule, got=brief(parameters), hint=hint)
     try:
         return cls(**parameters)
     except (TypeError, ValueError) as error:
@@ -160,11 +164,14 @@ def parse_passes(passes: str | Pass | dict[str, Any] | Iterable[Any]) -> list[Pa
     if isinstance(passes, str):
         return parse_passes([_parse_one(part.strip()) for part in _split(passes, "+")])
     if isinstance(passes, dict):
-        return parse_passes([build_pass(name, parameters or {}) for name, parameters in passes.items()])
-    if isinstance(passes, type) or not isinstance(passes, Iterable):
-        name = getattr(passes, "name", "") or type(passes).__name__
-        reason = f"it is the class, not a pass; write {passes.__name__}(...)" if isinstance(passes, type) else "no pass"
-        raise BadPassText(text=name, reason=reason)
+        named = passes.items()
+        return parse_passes([build_pass(name, {} if given is None else given) for name, given in named])
+    if isinstance(passes, type):
+        name = getattr(passes, "name", "") or passes.__name__
+        raise BadPassText(text=name, reason=f"it is the class, not a pass; write {passes.__name__}(...)")
+    if not isinstance(passes, Iterable) or isinstance(passes, bytes) or hasattr(passes, "dtype"):
+        rule, hint = "text or the object of a pass", 'write "tome:r=13" or tamis.passes.ToMe(r=13).'
+        raise BadParameter(where="passes", name="each", rule=rule, got=brief(passes), hint=hint)
     return [parsed for one in passes for parsed in parse_passes(one)]
 
 
@@ -172,6 +179,7 @@ def _parse_one(text: str) -> Pass:
     if not re.fullmatch(r"[A-Za-z][\w-]*(:.*)?", text, re.DOTALL):
         named = re.match(r"[A-Za-z][\w-]*", text)
         reason = f"a ':' should follow {named.group()}" if named else "it does not start with a name"
+        reason = reason if text else "there is nothing"
         raise BadPassText(text=text, reason=reason)
     name, _, rest = text.partition(":")
     parameters: dict[str, Any] = {}

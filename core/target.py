@@ -27,6 +27,8 @@ class Target:
             import torch
 
             return Target("cuda" if torch.cuda.is_available() else "cpu")
+        if not isinstance(text, str):
+            raise UnknownTarget(text=text, known=", ".join(ARCHITECTURES))
         match = re.fullmatch(r"(cpu|cuda|cuda:(sm_\d+)|rocm:(gfx\w+))", text)
         arch = match and (match[2] or match[3])
         if match is None or (arch and arch not in ARCHITECTURES):

@@ -61,13 +61,8 @@ def chosen_layers(chosen: Iterable[int], layers: int, where: str, name: str = "l
     chosen = list(chosen)
     for layer in chosen:
         if not -layers <= layer < layers:
-            raise BadParameter(
-                where=where,
-                name=name,
-                rule=f"between 0 and {layers - 1}",
-                got=layer,
-                hint=f"the model has {layers} layers.",
-            )
+            rule = f"{'' if name == 'layers' else 'for layers '}between 0 and {layers - 1}"
+            raise BadParameter(where=where, name=name, rule=rule, got=layer, hint=f"the model has {layers} layers.")
     return sorted({layer % layers for layer in chosen})
 
 

@@ -67,6 +67,7 @@ class SparseAttention(Pass):
     indexed: ClassVar[bool] = True  # whether `index` says all; otherwise `attend` is the method's own
     looks_ahead: ClassVar[bool] = False  # not `indexed`: whether later tokens change what a causal query gets
     moves: ClassVar[bool] = False  # whether it asks for queries or keys at positions of other tokens
+    asked_by: ClassVar[str] = ""  # the file that an instance comes from, for errors; no parameter
 
     layers: Any = field(default=None, kw_only=True)
     heads: Any = field(default=None, kw_only=True)
@@ -100,6 +101,11 @@ class SparseAttention(Pass):
     def reads(self) -> str:
         """What a query reads, for the report."""
         return "reads the keys of its index"
+
+    @property
+    def titled(self) -> str:
+        """What errors about the model call it: its name, and the file that asks for it."""
+        return f"{self.name} of {self.asked_by}" if self.asked_by else self.name
 
     def require(self, **rules: tuple[str, bool]) -> None:
         """Raise BadParameter for the first parameter, by name, whose rule (a sentence) does not hold."""
@@ -151,8 +157,8 @@ class SparseAttention(Pass):
     def selected(self, layers: int) -> list[int]:
         """Layer indices this pass wants, out of `layers`; raises BadParameter for one that does not exist."""
         if isinstance(self.heads, dict):
-            return chosen_layers(self.heads, layers, self.name, "heads")
-        return chosen_layers(range(layers) if self.layers is None else self.layers, layers, self.name)
+            return chosen_layers(self.heads, layers, self.titled, "heads")
+        return chosen_layers(range(layers) if self.layers is None else self.layers, layers, self.titled)
 
     def selected_heads(self, layer: int, layers: int, heads: int) -> list[int]:
         """Query heads of a layer this pass wants, out of `heads`; raises BadParameter for one that does not exist."""
@@ -163,7 +169,7 @@ class SparseAttention(Pass):
         odd = next((head for head in every if not -heads <= head < heads), None)
         if odd is not None:
             hint = f"layer {layer} has {heads} query heads."
-            raise BadParameter(where=self.name, name="heads", rule=f"between 0 and {heads - 1}", got=odd, hint=hint)
+            raise BadParameter(where=self.titled, name="heads", rule=f"between 0 and {heads - 1}", got=odd, hint=hint)
         return sorted({head % heads for head in every})
 
 

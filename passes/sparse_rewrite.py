@@ -91,7 +91,7 @@ def _check_groups(part: Part, layer: Layer, site: Site) -> None:
     group = site.heads // site.kv_heads
     if getattr(part.method, "share", "") == "kv" and len({h // group for h in part.heads}) * group != len(part.heads):
         raise BadParameter(
-            where=part.method.name,
+            where=part.method.titled,
             name="heads",
             rule=f"whole groups of {group} where share=kv",
             got=f"{list(part.heads)} at layer {layer.index}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ExampleInputsMissing, TamisError
 from ..graph import TokenGraph
+from ..parameters import check_flags
 from ..recipe_errors import WrongSourceModel
 from ..report import Report, outcome_dict
 from ..rewrite import Pipeline, Result
@@ -71,8 +72,8 @@ def compile(
     Raises:
         TamisError: the subclass says what is wrong (see `tamis.errors`); NothingChanged when a pass changed nothing.
     """
-    path = "recipe" if isinstance(recipe, Recipe | None) else os.fspath(recipe)
-    recipe = recipe if isinstance(recipe, Recipe | None) else Recipe.read(recipe)
+    check_flags("compile", verify=verify, never_slower=never_slower)
+    recipe, path = Recipe.given(recipe)
     options = Options(target, mode, restore, token_map, allow_noop, dense_below).over(recipe)
     pipeline = options.checked(passes, recipe, path)
     options.check_never_slower(never_slower)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..error_text import brief
 from ..errors import BadParameter
 from ..graph import TokenGraph
 from ..report import Benchmark
@@ -66,7 +67,7 @@ def find_break_even(
         BadParameter: the length is static or unknown, a length to time is none, or there is nothing to time.
         OriginalMissing: the model was loaded from a file.
     """
-    _check(lengths, repeats)
+    _check(model, lengths, repeats)
     original, call = model._original("find_break_even"), model._call(args, kwargs)
     size = stream_size(original)
     if not isinstance(size, torch.SymInt):
@@ -89,8 +90,14 @@ def find_break_even(
     return found
 
 
-def _check(lengths: Any, repeats: Any) -> None:
-    """Raise BadParameter for lengths or rounds that are none."""
+def _check(model: Any, lengths: Any, repeats: Any) -> None:
+    """Raise BadParameter for a model that has no original, and for lengths or rounds that are none."""
+    from .compiled import CompiledModel
+
+    if not isinstance(model, CompiledModel):
+        hint = "find_break_even(tamis.compile(model, ..., passes=...))."
+        rule, got = "what tamis.compile returned", brief(model)
+        raise BadParameter(where="find_break_even", name="model", rule=rule, got=got, hint=hint)
 
     def counts(one: Any) -> bool:
         return isinstance(one, int) and not isinstance(one, bool) and one >= 1
@@ -103,7 +110,7 @@ def _check(lengths: Any, repeats: Any) -> None:
     for name, (rule, got, holds) in rules.items():
         if not holds:
             hint = "leave it out for the default."
-            raise BadParameter(where="find_break_even", name=name, rule=rule, got=repr(got), hint=hint)
+            raise BadParameter(where="find_break_even", name=name, rule=rule, got=brief(got), hint=hint)
 
 
 def _first_that_pays(measured: dict[int, Benchmark]) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention_index import Heads
+from ..error_text import brief
 from ..errors import BadParameter
 from ..graph import TokenGraph
 from ..parameters import check_whole
@@ -25,10 +26,10 @@ from ..passes.sparse import SparseAttention
 from ..passes.sparse_candidates import SHORTEST, candidates
 from ..recipe_errors import NoPatternFound, TooShortToCalibrate
 from ..rewrite import Outcome, Pipeline
-from .data import calls_of
-from .inputs import Call, Inputs, mask_of
+from .data import prompts_of
+from .inputs import Call, mask_of
 from .ledger import stream_length
-from .recall import SHARING, captured_for, heads_of, placed_for
+from .recall import SHARING, captured_for, check_fits, heads_of, placed_for
 
 SLACK = 1.01  # by how much a cost may be over the budget, being a mean over some queries
 
@@ -146,7 +147,9 @@ def calibrate(
     """
     check_whole("calibrate", 1, every=every)
     graph, call, _ = captured_for("calibrate", model, args, kwargs)
-    calls = _calls(graph, call, data)
+    calls = [call] if data is None else prompts_of("calibrate", graph.program, call, data)
+    for one in calls:
+        check_fits(f"calibrate: {graph.name}", graph, one)
     return search(graph, calls, patterns, budget=budget, least=least, share=share, every=every)
 
 
@@ -176,10 +179,10 @@ def _check(budget: Any, least: Any, share: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and 0 <= value <= 1 and (value or name == "least")):
             rule, hint = "in (0, 1]" if name == "budget" else "between 0 and 1", "a fraction of dense attention."
-            raise BadParameter(where="calibrate", name=name, rule=rule, got=repr(value), hint=hint)
+            raise BadParameter(where="calibrate", name=name, rule=rule, got=brief(value), hint=hint)
     if share not in (None, "query", *SHARING):
         rule, hint = "one of query, kv, layer", "None leaves it to the patterns."
-        raise BadParameter(where="calibrate", name="share", rule=rule, got=repr(share), hint=hint)
+        raise BadParameter(where="calibrate", name="share", rule=rule, got=brief(share), hint=hint)
 
 
 @dataclass(frozen=True)
@@ -277,25 +280,6 @@ def _tried(patterns: Any, tokens: int, budget: float, share: str | None) -> list
         hint = "None tries those of tamis.passes.sparse_candidates."
         raise BadParameter(where="calibrate", name="patterns", rule="given", got="none", hint=hint)
     return tried
-
-
-def _calls(graph: TokenGraph, call: Call, data: Any) -> list[Call]:
-    if data is None:
-        return [call]
-    if isinstance(data, str | os.PathLike):
-        return list(calls_of(graph.program, call, os.fspath(data), rows=1))
-    hint = "a list with a mapping, a tuple or a tensor for each prompt, or a .npz file."
-    if isinstance(data, Mapping | torch.Tensor) or not isinstance(data, Iterable):
-        got = type(data).__name__
-        raise BadParameter(where="calibrate", name="data", rule="a list of prompts", got=got, hint=hint)
-    inputs = Inputs.of(graph.program)
-    calls = []
-    for one in data:
-        args, kwargs = ((), one) if isinstance(one, Mapping) else (one if isinstance(one, tuple) else (one,), {})
-        calls.append(inputs.bind(args, kwargs))
-    if not calls:
-        raise BadParameter(where="calibrate", name="data", rule="prompts, one or more", got="none", hint=hint)
-    return calls
 
 
 def _tokens(graph: TokenGraph, call: Call) -> int:

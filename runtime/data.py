@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -13,8 +14,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..call_errors import UnreadableData
-from ..errors import InputMismatch, ModelNotFound
-from .inputs import Call, input_nodes
+from ..error_text import brief
+from ..errors import BadParameter, InputMismatch, ModelNotFound
+from .inputs import Call, Inputs, input_nodes
 
 ROWS_PER_CALL = 32
 
@@ -74,6 +76,28 @@ def calls_of(program: ExportedProgram, call: Call, path: str | Path, rows: int =
         ]
         args, kwargs = pytree.tree_unflatten(batch, spec)
         yield args, kwargs
+
+
+def prompts_of(where: str, program: ExportedProgram, call: Call, data: Any) -> list[Call]:
+    """Calls of one row from a file, as `calls_of` has them, or from a list of mappings, tuples or tensors.
+
+    Raises:
+        BadParameter: it is neither, or there is no prompt.
+        InputMismatch: a prompt names inputs that the program does not have.
+    """
+    if isinstance(data, str | os.PathLike):
+        return list(calls_of(program, call, os.fspath(data), rows=1))
+    hint = "a list with a mapping, a tuple or a tensor for each prompt, or a .npz file."
+    if isinstance(data, Mapping | Tensor) or not isinstance(data, Iterable):
+        raise BadParameter(where=where, name="data", rule="a list of prompts", got=brief(data), hint=hint)
+    inputs = Inputs.of(program)
+    calls = []
+    for one in data:
+        args, kwargs = ((), one) if isinstance(one, Mapping) else (one if isinstance(one, tuple) else (one,), {})
+        calls.append(inputs.bind(args, kwargs))
+    if not calls:
+        raise BadParameter(where=where, name="data", rule="prompts, one or more", got="none", hint=hint)
+    return calls
 
 
 def _converted(name: str, array: Any, example: Tensor, path: str | Path) -> Tensor:

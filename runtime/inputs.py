@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
+from ..error_text import kind_of
 from ..errors import InputMismatch
 from ..graph import shape_text
 from ..shape_names import named_shape
@@ -110,7 +111,7 @@ def misfit(program: ExportedProgram, call: Call) -> str:
         if not isinstance(wanted, Tensor):
             continue
         if not isinstance(value, Tensor):
-            return f"{node.name} is {'missing' if value is None else f'a {type(value).__name__}, not a tensor'}"
+            return f"{node.name} is {'missing' if value is None else f'{kind_of(value)}, not a tensor'}"
         if value.dtype != wanted.dtype or value.dim() != wanted.dim():
             return (
                 f"{node.name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {named_shape(wanted, program)}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import BadParameter, TargetMissing, UnknownPass
+from ..parameters import check_flags
 from ..recipe_errors import PassNotInstalled
 from ..registry import origin_of
 from ..rewrite import Pipeline
@@ -43,6 +44,8 @@ class Options:
             raise BadParameter(
                 where="compile", name="mode", rule=f"one of {', '.join(MODES)}", got=repr(self.mode), hint=hint
             )
+        flags = ("restore", "token_map", "allow_noop")
+        check_flags("compile", **{name: getattr(self, name) for name in flags})
         if type(self.dense_below) is not int or self.dense_below < 0:
             rule, hint = "a number of tokens, 0 or more", "tamis.find_break_even measures it."
             raise BadParameter(where="compile", name="dense_below", rule=rule, got=repr(self.dense_below), hint=hint)

@@ -37,7 +37,7 @@ def last_logits(model: Any, ids: Tensor, many: int) -> Tensor:
         model = load(model)
     if not callable(model):
         rule, got = "the model must be a module, a function, or the path of a file", type(model).__name__
-        raise InputMismatch(where="last_logits", rule=rule, got=got, hint=f"give {SHOWN}.")
+        raise InputMismatch(where="prompts.xl3m", rule=rule, got=got, hint=f"give {SHOWN}.")
     ids = ids.to(_device(model))
     names = _names(model)
     given = {} if names is None else _filled(names, ids)
@@ -49,7 +49,7 @@ def last_logits(model: Any, ids: Tensor, many: int) -> Tensor:
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         got, rule = f"{type(error).__name__}: {first_line(error)}", f"the model must run on token ids {list(ids.shape)}"
         raise InputMismatch(
-            where="last_logits", rule=rule, got=got, hint=f"check ids against the vocabulary; give {SHOWN}."
+            where="prompts.xl3m", rule=rule, got=got, hint=f"check ids against the vocabulary; give {SHOWN}."
         ) from error
     return _logits(result, ids)[:, -many:]
 
@@ -152,5 +152,5 @@ def _logits(result: Any, ids: Tensor) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[0] != ids.shape[0]:
         got = list(found.shape) if isinstance(found, Tensor) else type(result).__name__
         rule = "a model must return logits [B, N, V], alone, first, or by that name"
-        raise InputMismatch(where="last_logits", rule=rule, got=got, hint=f"give {SHOWN}.")
+        raise InputMismatch(where="prompts.xl3m", rule=rule, got=got, hint=f"give {SHOWN}.")
     return found

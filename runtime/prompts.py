@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..error_text import brief
 from ..errors import BadParameter
 from ..parameters import check_whole
 from .prompt_models import last_logits, question_attention
@@ -86,7 +87,7 @@ def xl3m(
     _require(
         "prompts.xl3m",
         overlap=(f"between 0 and {segment - 1}", overlap, overlap < segment),
-        threshold=("a number or None", repr(threshold), number),
+        threshold=("a number or None", brief(threshold), number),
     )
     if prompt.length <= segment:
         return prompt.having([(0, prompt.length)], torch.zeros(1))

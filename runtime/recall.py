@@ -12,7 +12,7 @@ from ..attention_index import Heads
 from ..error_text import first_line
 from ..errors import BadParameter, InputMismatch
 from ..graph import Layer, TokenGraph
-from ..parameters import check_whole
+from ..parameters import check_whole, keywords
 from ..passes.index_pairs import held
 from ..passes.sparse import SparseAttention
 from ..passes.sparse_recall import LayerHeads
@@ -148,26 +148,22 @@ def captured_for(what: str, model: Any, args: Any, kwargs: Mapping[str, Any] | N
     from .compiled import CompiledModel
     from .inputs import Inputs
 
-    if not isinstance(kwargs, Mapping | None):
-        hint = 'write {"input_ids": ids}.'
-        raise BadParameter(where=what, name="kwargs", rule="a mapping", got=type(kwargs).__name__, hint=hint)
+    given = keywords(what, kwargs)
     args = args if isinstance(args, tuple | list) else (args,)
     if isinstance(model, CompiledModel):
         graph = model._original(what)
-        call = Inputs.of(graph.program).bind(tuple(args), kwargs or {}) if args or kwargs else model.example_call
+        call = Inputs.of(graph.program).bind(tuple(args), given) if args or given else model.example_call
         return graph, call, model.recipe.passes
     if isinstance(model, TokenGraph):
-        return model, Inputs.of(model.program).bind(tuple(args), kwargs or {}), ()
-    prepared = prepare(model, tuple(args), kwargs)
+        return model, Inputs.of(model.program).bind(tuple(args), given), ()
+    prepared = prepare(model, tuple(args), given)
     return prepared.graph, prepared.call, ()
 
 
 def heads_of(what: str, graph: TokenGraph, call: Call, layers: Sequence[int]) -> Iterator[tuple[Layer, Heads]]:
     """The heads of some layers, as the original has them; raises InputMismatch for inputs that it cannot take."""
     where = f"{what}: {graph.name}"
-    if found := misfit(graph.program, call):
-        rule, hint = "inputs must be as the example's, batch and length apart", "convert them, or capture with these."
-        raise InputMismatch(where=where, rule=rule, got=found, hint=hint)
+    check_fits(where, graph, call)
     running = LayerHeads(graph, layers)(graph_inputs(graph.program, call))
     while True:
         try:
@@ -179,6 +175,13 @@ def heads_of(what: str, graph: TokenGraph, call: Call, layers: Sequence[int]) ->
             hint = "check token ids against the vocabulary, and sizes against what the model takes."
             raise InputMismatch(where=where, rule=rule, got=got, hint=hint) from error
         yield layer, heads
+
+
+def check_fits(where: str, graph: TokenGraph, call: Call) -> None:
+    """Raise InputMismatch for inputs of other types, ranks or fixed sizes than the graph's."""
+    if found := misfit(graph.program, call):
+        rule, hint = "inputs must be as the example's, batch and length apart", "convert them, or capture with these."
+        raise InputMismatch(where=where, rule=rule, got=found, hint=hint)
 
 
 def placed_for(what: str, graph: TokenGraph, pipeline: Pipeline, outcomes: list[Outcome]) -> Placed:

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptModel, ModelNotFound
+from ..error_text import brief
+from ..errors import BadParameter, CorruptModel, ModelNotFound
 from ..graph import TokenGraph
 from ..recipe_errors import PlainProgram, RecipeInvalid, WrongSourceModel
 from ..weight_errors import WeightsChanged
@@ -54,6 +55,16 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
     source_hash: str = ""
     weights_hash: str = ""
+
+    @staticmethod
+    def given(recipe: Any) -> tuple[Recipe | None, str]:
+        """A recipe as `tamis.compile` takes it (none, one, or the path of one), and what errors call it."""
+        if isinstance(recipe, Recipe | None):
+            return recipe, "recipe"
+        if not isinstance(recipe, str | os.PathLike):
+            rule, hint = "a Recipe or the path of one", "Recipe.from_dict makes one of plain data."
+            raise BadParameter(where="compile", name="recipe", rule=rule, got=brief(recipe), hint=hint)
+        return Recipe.read(recipe), os.fspath(recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -61,7 +61,10 @@ class MInference(Pass):
                 found.setdefault((kind, first, second), {}).setdefault(layer, []).append(head)
         if not found:
             raise PatternsUnreadable(path=source, reason=f"no head has a score of {self.least} or more")
-        object.__setattr__(self, "_passes", tuple(_pass(*key, heads) for key, heads in found.items()))  # no parameter
+        made = tuple(_pass(*key, heads) for key, heads in found.items())
+        for one in made if isinstance(self.patterns, str | os.PathLike) else ():
+            object.__setattr__(one, "asked_by", source)
+        object.__setattr__(self, "_passes", made)  # no parameter
 
     def expanded(self) -> Sequence[Pass]:
         """A pass for every pattern."""

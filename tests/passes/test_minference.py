@@ -87,7 +87,20 @@ def test_patterns_for_another_model_are_refused() -> None:
         ([{}, {}, {"0": ["stream_llm", 1, 2]}], "0 and 1"),
         ([{"9": ["stream_llm", 1, 2]}], "0 and 3"),
     ):
-        with pytest.raises(BadParameter, match=f"heads must be between {said}"):
+        with pytest.raises(BadParameter, match=f"heads must be (for layers )?between {said}"):
             Pipeline.parse([MInference(patterns=patterns)]).run(graph)
     with pytest.raises(BadParameter, match="patterns must be given"):
         MInference()
+
+
+def test_a_file_for_a_larger_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps([{}, {}, {"0": ["stream_llm", 2, 12, 0.8]}]))
+    with pytest.raises(BadParameter) as caught:
+        Pipeline.parse(f"minference:patterns={path}").run(captured("llama")[1])
+    assert str(caught.value) == (
+        f"a-shape of {path}: heads must be for layers between 0 and 1, got 2.\n  hint: the model has 2 layers."
+    )
+    path.write_text(json.dumps([{"9": ["stream_llm", 2, 12, 0.8]}]))
+    with pytest.raises(BadParameter, match=r"a-shape of .*large.json: heads must be between 0 and 3, got 9"):
+        Pipeline.parse(f"minference:patterns={path}").run(captured("llama")[1])

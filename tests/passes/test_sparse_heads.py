@@ -145,7 +145,7 @@ def test_a_pass_with_heads_reads_as_its_text() -> None:
         (f"{WINDOW},heads={{}}", "heads must be for some layer"),
         (f"{WINDOW},heads={{0:[]}}", "heads must be a list of head indices"),
         (f"{WINDOW},heads=[4]", "heads must be between 0 and 3, got 4"),
-        (f"{WINDOW},heads={{7:[0]}}", "heads must be between 0 and 1, got 7"),
+        (f"{WINDOW},heads={{7:[0]}}", "heads must be for layers between 0 and 1, got 7"),
         (f"{WINDOW},heads={{0:[0]}},layers=[0]", "layers must be left out"),
         (f"{TILES},share=kv,heads=[0,1,2]", "heads must be whole groups of 2 where share=kv"),
     ],

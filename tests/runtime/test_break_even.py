@@ -106,6 +106,9 @@ def test_what_cannot_be_is_said(fast: CompiledModel) -> None:
     with pytest.raises(BadParameter, match="repeats must be 1 or more, got 0"):
         tamis.find_break_even(fast, repeats=0)
     model, inputs = DECODERS["llama"].model(layers=1), prompt(2, 20, None)
+    for plain, said in ((model, "a LlamaForCausalLM"), (None, "None"), ("vit.pt2", "'vit.pt2'")):
+        with pytest.raises(BadParameter, match=f"must be what tamis.compile returned, got {said}.\n  hint: find_"):
+            tamis.find_break_even(plain)  # type: ignore[arg-type]
     for wrong in (-1, 2.5, True):
         with pytest.raises(BadParameter, match="dense_below must be a number of tokens"):
             tamis.compile(model, kwargs=inputs, passes=PASSES, dense_below=wrong)  # type: ignore[arg-type]

@@ -195,7 +195,8 @@ def test_the_command_writes_patterns_into_the_recipe(tmp_path: Path, capsys: pyt
         ({"share": "all"}, BadParameter, "share must be one of query, kv, layer, got 'all'"),
         ({"every": 0}, BadParameter, "every must be a whole number, 1 or more, got 0"),
         ({"data": []}, BadParameter, "data must be prompts"),
-        ({"data": torch.ones(1, 30)}, BadParameter, "data must be a list of prompts, got Tensor"),
+        ({"data": torch.ones(1, 30)}, BadParameter, "data must be a list of prompts, got a Tensor"),
+        ({"data": [{"input_ids": 3}]}, InputMismatch, "batch and length apart, got input_ids is an int, not a tensor"),
         ({"data": "nowhere.npz"}, ModelNotFound, "nowhere.npz: no such file"),
         ({}, TooShortToCalibrate, "longest prompt has 30 tokens"),
         (

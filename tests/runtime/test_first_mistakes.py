@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ from tamis.capture.factory import call_factory
 from tamis.errors import (
     BadParameter,
     BadPassText,
+    CaptureFailed,
     InputMismatch,
     NothingChanged,
+    TamisError,
     TargetMissing,
     UnknownOutputFormat,
     UnknownParameter,
+    UnknownPass,
+    UnknownTarget,
 )
 from tamis.passes import EViT, ToMe
 from tamis.rewrite import Pipeline
@@ -117,12 +122,64 @@ def test_ids_that_the_vocabulary_does_not_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("passes", "said"), [(ToMe, "it is the class, not a pass; write ToMe"), ([ToMe], "write ToMe"), (5, "no pass")]
+    ("passes", "said"),
+    [
+        (ToMe, "it is the class, not a pass; write ToMe"),
+        ([ToMe], "write ToMe"),
+        (5, 'passes: each must be text or the object of a pass, got 5.\n  hint: write "tome:r=13" or'),
+        ([1, 2], "object of a pass, got 1"),
+        (b"tome:r=1", "object of a pass, got b'tome:r=1'"),
+        (torch.zeros(2, 2), "object of a pass, got a Tensor"),
+        ({"tome": 3}, "tome: parameters must be a mapping from their names, got 3"),
+        ({1: {"r": 1}}, "unknown pass 1"),
+        ("tome:r=1 + ", "cannot read the pass '': there is nothing"),
+    ],
 )
 def test_what_is_no_pass(passes: object, said: str) -> None:
-    family = FAMILIES["vit_small"]
-    with pytest.raises(BadPassText, match=said):
-        tamis.compile(family.shared(), family.inputs(2)[0], passes=passes)
+    with pytest.raises((BadPassText, BadParameter, UnknownPass), match=said):
+        Pipeline.parse(passes)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"kwargs": torch.zeros(2)}, BadParameter, "kwargs must be a mapping from the names of inputs, got a Tensor"),
+        ({"kwargs": [torch.zeros(2)]}, BadParameter, "names of inputs, got a list of Tensor"),
+        ({"kwargs": "x"}, BadParameter, "got 'x'.\n  hint: write {\"input_ids\": ids}; without names they are args."),
+        ({"kwargs": {1: torch.zeros(2)}}, BadParameter, "got a dict"),
+        (
+            {"kwargs": {"y": torch.zeros(2)}},
+            InputMismatch,
+            "of forward(x), got args[0], y.\n  hint: forward says: got",
+        ),
+        ({"args": "x"}, InputMismatch, "small: example inputs must be tensors, got 'x'.\n  hint: convert arrays"),
+        ({"args": (None,)}, InputMismatch, "example inputs must be tensors, got None"),
+        ({"args": torch.zeros(2, 4, 6).numpy()}, InputMismatch, "example inputs must be tensors, got a ndarray"),
+        ({"args": torch.zeros(0, 4, 6)}, InputMismatch, "must have a batch of 1 or more, got [0, 4, 6]"),
+        ({"dynamic_shapes": "Auto"}, BadParameter, 'dynamic_shapes must be "auto" or shapes of torch.export, got'),
+        ({"dynamic_shapes": 3}, BadParameter, "shapes of torch.export, got 3"),
+        ({"dynamic_shapes": {"nope": None}}, CaptureFailed, 'hint: "auto" finds them; else as torch.export.export'),
+        ({"target": 3}, UnknownTarget, "unknown target 3.\n  hint: use auto, cpu, cuda"),
+        ({"restore": "no"}, BadParameter, "compile: restore must be true or false, got 'no'"),
+        ({"verify": torch.zeros(2)}, BadParameter, "compile: verify must be true or false, got a Tensor"),
+        ({"recipe": {}}, BadParameter, "compile: recipe must be a Recipe or the path of one, got {}"),
+    ],
+    ids=lambda one: "-".join(one) if isinstance(one, dict) else "",
+)
+def test_arguments_of_the_wrong_kind(given: dict[str, Any], error: type[TamisError], said: str) -> None:
+    class small(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    with pytest.raises(error) as caught:
+        tamis.compile(small().eval(), **{"args": (torch.zeros(2, 4, 6),), "passes": "tome:r=3", **given})
+    assert type(caught.value) is error
+    assert said in str(caught.value)
+
+
+def test_a_program_has_its_own_shapes(fast: CompiledModel) -> None:
+    with pytest.raises(BadParameter, match="dynamic_shapes must be left out with an exported program, got None"):
+        tamis.compile(fast.graph.program, passes="tome:r=3", dynamic_shapes=None)
 
 
 def test_a_pass_without_its_colon() -> None:

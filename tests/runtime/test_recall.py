@@ -150,7 +150,11 @@ def test_what_is_no_sparse_attention_is_refused() -> None:
         ({"after": -1}, BadParameter, "after must be a whole number, 0 or more, got -1"),
         ({"after": 20}, BadParameter, "after must be less than the 20 tokens there are, got 20"),
         ({"passes": None}, BadParameter, "passes must be given"),
-        ({"kwargs": torch.ones(1, 20)}, BadParameter, "kwargs must be a mapping, got Tensor"),
+        (
+            {"kwargs": torch.ones(1, 20)},
+            BadParameter,
+            "a mapping from the names of inputs, got a Tensor",
+        ),
         ({"kwargs": {"attention_mask": torch.ones(1, 20, dtype=torch.int64)}}, InputMismatch, "input_ids is missing"),
         (
             {"kwargs": prompt(1, 20, None) | {"attention_mask": torch.ones(1, 9, dtype=torch.int64)}},
