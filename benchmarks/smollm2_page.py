@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
-from accuracy import verdict
-from smollm2 import DENSE, DENSITIES, NEEDLE, STAGES, TEXTS, key
+import smollm2_findings as findings
+from smollm2 import DENSE, SHARED, TEXTS, key
+from smollm2_scores import (
+    BESIDE,
+    CONTROL,
+    KEY_LENGTHS,
+    MISSING,
+    SHOWN,
+    TEXT_LENGTHS,
+    Cells,
+    against,
+    behind,
+    names,
+    read,
+    score,
+    table,
+    texts,
+    tried,
+)
 
-CONTROL = "random-tiles"
-STATIC = ("a-shape", "bigbird", "longformer", "streaming-llm", "tri-shape")  # patterns that do not look at the input
-BESIDE = "streaming-llm"  # the static pattern that methods which look at it are held to
-MISSING = "not measured"
-SHOWN = sorted(DENSITIES, reverse=True)
-Cells = dict[str, Any]
+LAYERS = (1024, 0.25)  # tokens and density at which recall is shown layer by layer
 
 
 def rendered(page: str, cells: Cells) -> str:
     """The page with the text between `<!-- NAME: generated -->` and `<!-- end -->` made from the results."""
-    blocks = {f"perplexity-{length}": perplexity(cells, length) for length, what in STAGES if what == TEXTS}
-    blocks |= {f"recall-{density:g}": recall(cells, density) for density in SHOWN}
+    blocks = {f"perplexity-{length}": perplexity(cells, length) for length in TEXT_LENGTHS}
+    blocks |= {"found-texts": findings.perplexities(cells), "found-keys": findings.keys(cells)}
+    blocks |= {"recall-layers": recall(cells), "recall-all": recalls(cells), "shares": shares(cells)}
     blocks |= {"keys": keys(cells), "budgets": budgets(cells), "source": source(cells)}
     for name, text in blocks.items():
         block = f"<!-- {name}: generated -->\n\n{text}\n\n<!-- end -->"
         page = re.sub(rf"<!-- {name}: generated -->.*?<!-- end -->", lambda _, new=block: new, page, flags=re.DOTALL)
     return page
-
-
-def names(cells: Cells) -> list[str]:
-    """All methods that have a cell, dense and the control aside."""
-    return sorted({name.split("/")[0] for name in cells} - {DENSE, CONTROL})
 
 
 def rows_of(cells: Cells) -> list[str]:
@@ -40,14 +47,11 @@ def rows_of(cells: Cells) -> list[str]:
 
 def perplexity(cells: Cells, length: int) -> str:
     """One row per method; at each density the perplexity, the pairs read, and how it stands to the control."""
-    head = ["method", *(f"at {density:g}" for density in SHOWN)]
     dense, measured = texts(cells, DENSE, 1.0, length), [MISSING] * len(SHOWN)
     if dense:
         measured = [f"{score(dense):.2f} ({', '.join(dense)})", *[""] * (len(SHOWN) - 1)]
-    lines = [_line(head), "|---" * len(head) + "|", _line([DENSE, *measured])]
-    for name in rows_of(cells):
-        lines.append(_line([f"`{name}`", *(_perplexity(cells, name, density, length) for density in SHOWN)]))
-    return "\n".join(lines)
+    rows = [[f"`{name}`", *(_perplexity(cells, name, one, length) for one in SHOWN)] for name in rows_of(cells)]
+    return table(["method", *(f"at {density:g}" for density in SHOWN)], [[DENSE, *measured], *rows])
 
 
 def _perplexity(cells: Cells, name: str, density: float, length: int) -> str:
@@ -57,91 +61,97 @@ def _perplexity(cells: Cells, name: str, density: float, length: int) -> str:
     found = texts(cells, name, density, length)
     if not found:
         return MISSING
-    read = sum(cell["density"] for cell in found.values()) / len(found)
     which = "" if len(found) == len(TEXTS) else f", {', '.join(found)} only"
-    said = "" if name == CONTROL else f"; {_verdict(found, texts(cells, CONTROL, density, length))}"
-    if name not in (*STATIC, CONTROL) and _verdict(found, texts(cells, BESIDE, density, length)).startswith("**"):
-        said += f", **behind `{BESIDE}`**"
-    return f"{score(found):.2f} (reads {read:.1%}{which}){said}"
-
-
-def texts(cells: Cells, name: str, density: float, length: int) -> Cells:
-    """The cells of the texts that were measured, by text."""
-    found = {text: cells.get(key(name, density, length, text), {}) for text in TEXTS}
-    return {text: cell for text, cell in found.items() if "nll" in cell}
-
-
-def score(found: Cells) -> float:
-    """Perplexity over the scored tokens of all texts."""
-    lost = [one for cell in found.values() for one in cell["nll"]]
-    return math.exp(sum(lost) / len(lost))
-
-
-def _verdict(own: Cells, control: Cells) -> str:
-    both = [text for text in own if text in control]
-    pairs = [pair for text in both for pair in zip(control[text]["nll"], own[text]["nll"], strict=True)]
-    return verdict({"difference": difference(pairs)}) if pairs else "no control"
-
-
-def difference(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Mean of (control - method) over chunks of tokens, and its standard error; above 0 is for the method."""
-    gains = [control - own for control, own in pairs]
-    mean = sum(gains) / len(gains)
-    spread = sum((gain - mean) ** 2 for gain in gains) / max(1, len(gains) - 1)
-    return {"mean": mean, "error": (spread / len(gains)) ** 0.5}
+    said = "" if name == CONTROL else f"; {against(found, texts(cells, CONTROL, density, length))}"
+    said += f", **behind `{BESIDE}`**" if behind(cells, name, density, length) else ""
+    return f"{score(found):.2f} (reads {read(found):.1%}{which}){said}"
 
 
 def keys(cells: Cells) -> str:
     """One row per method; for each length and density how many of the keys were found, and their likelihood."""
-    lengths = [length for length, what in STAGES if what == (NEEDLE,)]
-    head = ["method", *(f"{length} at {density:g}" for length in lengths for density in SHOWN)]
-    lines = [_line(head), "|---" * len(head) + "|"]
-    dense = [part for length in lengths for part in (_found(cells, DENSE, 1.0, length), *[""] * (len(SHOWN) - 1))]
-    lines.append(_line([DENSE, *dense]))
-    for name in rows_of(cells):
-        row = [_found(cells, name, density, length) for length in lengths for density in SHOWN]
-        lines.append(_line([f"`{name}`", *row]))
-    return "\n".join(lines)
+    columns = [(length, density) for length in KEY_LENGTHS for density in SHOWN]
+    alone = [_found(cells, DENSE, 1.0, length) if density == SHOWN[0] else "" for length, density in columns]
+    rows = [
+        [f"`{name}`", *(_found(cells, name, density, length) for length, density in columns)] for name in rows_of(cells)
+    ]
+    return table(["method", *_headed(columns)], [[DENSE, *alone], *rows])
+
+
+def _headed(columns: list[tuple[int, float]]) -> list[str]:
+    return [f"{length} at {density:g}" for length, density in columns]
 
 
 def _found(cells: Cells, name: str, density: float, length: int) -> str:
-    cell = cells.get(key(name, density, length, NEEDLE), {})
-    if "keys" not in cell:
+    asked = tried(cells, name, density, length)
+    if not asked:
         return MISSING
-    tried = cell["keys"]
-    lost = sum(one["nll"] for one in tried) / len(tried)
-    depths = "".join("x" if one["exact"] else "-" for one in tried)
-    read = f", {cell['density']:.0%}" if name != DENSE else ""
-    return f"`{depths}` {lost:.2f}{read}"
+    lost = sum(one["nll"] for one in asked) / len(asked)
+    depths = "".join("x" if one["exact"] else "-" for one in asked)
+    said = f", {cells[key(name, density, length, 'needle')]['density']:.0%}" if name != DENSE else ""
+    return f"`{depths}` {lost:.2f}{said}"
 
 
-def recall(cells: Cells, density: float, length: int = 1024) -> str:
+def recall(cells: Cells) -> str:
     """One row per layer, one column per method: mean over heads and lowest head, on the manual."""
+    length, density = LAYERS
     found = {name: cells.get(key(name, density, length, TEXTS[0]), {}) for name in rows_of(cells)}
     found = {name: cell for name, cell in found.items() if "recall" in cell}
     if not found:
         return MISSING
-    lines = [_line(["layer", *(f"`{name}`" for name in found)]), "|---" * (len(found) + 1) + "|"]
-    for layer in range(len(next(iter(found.values()))["recall"])):
-        lines.append(_line([str(layer), *(_share(c["recall"][layer], c["lowest"][layer]) for c in found.values())]))
-    mean = {name: sum(cell["recall"]) / len(cell["recall"]) for name, cell in found.items()}
-    lines.append(_line(["all", *(_share(mean[name], min(cell["lowest"])) for name, cell in found.items())]))
-    return "\n".join(lines)
+    layers = range(len(next(iter(found.values()))["recall"]))
+    rows = [[str(at), *(_share(c["recall"][at], c["lowest"][at]) for c in found.values())] for at in layers]
+    return table(["layer", *(f"`{name}`" for name in found)], rows)
+
+
+def recalls(cells: Cells) -> str:
+    """One row per method; for each length and density the mean over layers and heads, and the lowest head of all."""
+    columns = [(length, density) for length in TEXT_LENGTHS for density in SHOWN]
+    rows = [
+        [
+            f"`{name}`",
+            *(_over_layers(cells.get(key(name, density, length, TEXTS[0]), {})) for length, density in columns),
+        ]
+        for name in rows_of(cells)
+    ]
+    return table(["method", *_headed(columns)], rows)
+
+
+def _over_layers(cell: dict[str, Any]) -> str:
+    return _share(sum(cell["recall"]) / len(cell["recall"]), min(cell["lowest"])) if "recall" in cell else MISSING
 
 
 def _share(mean: float, lowest: float) -> str:
     return f"{mean:.2f} / {lowest:.2f}"
 
 
+def shares(cells: Cells) -> str:
+    """A row for each method and who shares its choice, its own first: perplexity, pairs read and recall."""
+    length = SHARED[0]
+    others = sorted({name.split("/")[0] for name in cells if ":" in name})
+    rows = []
+    for method in sorted({name.partition(":")[0] for name in others}):
+        for name in (method, *(other for other in others if other.startswith(f"{method}:"))):
+            who = name.partition(":share=")[2] or "its own"
+            rows.append([f"`{method}`", who, *(_shared(cells, name, density, length) for density in SHOWN)])
+    return table(["method", "share", *(f"at {density:g}" for density in SHOWN)], rows) if rows else MISSING
+
+
+def _shared(cells: Cells, name: str, density: float, length: int) -> str:
+    found = texts(cells, name, density, length)
+    if len(found) < len(TEXTS):
+        return MISSING
+    return f"{score(found):.2f} (reads {read(found):.1%}), {_over_layers(found[TEXTS[0]])}"
+
+
 def budgets(cells: Cells, length: int = 1024) -> str:
     """The recipes at one length."""
-    lines = [_line(["density", "pass", "pairs read"]), "|---|---|---|"]
+    rows = []
     for name in rows_of(cells):
         for density in SHOWN:
             cell = cells.get(key(name, density, length, TEXTS[0]), {})
             if "pass" in cell:
-                lines.append(_line([f"{density:g}", f"`{cell['pass']}`", f"{cell['density']:.1%}"]))
-    return "\n".join(lines)
+                rows.append([f"{density:g}", f"`{cell['pass']}`", f"{cell['density']:.1%}"])
+    return table(["density", "pass", "pairs read"], rows)
 
 
 def source(cells: Cells) -> str:
@@ -160,7 +170,3 @@ def source(cells: Cells) -> str:
         f"SHA-256 of the texts: {', '.join(sorted(hashes))}",
     ]
     return f"`python benchmarks/smollm2.py`, {'; '.join(said)}."
-
-
-def _line(values: list[str]) -> str:
-    return f"| {' | '.join(values)} |"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import smollm2
+import smollm2_findings
 import smollm2_page
 import torch
 from long_prompts.budgets import CONTROL, KNOBS, at_density, knob_of, methods, settled, tile
@@ -168,7 +169,10 @@ def text(perplexity: float, **more: Any) -> dict[str, Any]:
 
 
 def key_cell(*exact: bool) -> dict[str, Any]:
-    return {"keys": [{"depth": 0.1, "exact": one, "nll": 0.25, "tokens": 512} for one in exact], "density": 0.1}
+    return {
+        "keys": [{"depth": 0.1 + 0.2 * i, "exact": one, "nll": 0.25, "tokens": 512} for i, one in enumerate(exact)],
+        "density": 0.1,
+    }
 
 
 def test_a_row_says_what_was_measured_what_was_not_and_what_loses() -> None:
@@ -210,17 +214,51 @@ def test_keys_are_shown_by_depth() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_recall_has_a_line_for_each_layer_and_one_for_all() -> None:
-    cells = {"hip/0.1/1024/manual": text(3.0, recall=[0.5, 0.7], lowest=[0.25, 0.125])}
-    lines = smollm2_page.recall(cells, 0.1).splitlines()
-    assert lines == [
-        "| layer | `hip` |",
-        "|---|---|",
-        "| 0 | 0.50 / 0.25 |",
-        "| 1 | 0.70 / 0.12 |",
-        "| all | 0.60 / 0.12 |",
+def test_recall_has_a_line_for_each_layer_at_one_density_and_one_for_all_at_each() -> None:
+    cells = {"hip/0.25/1024/manual": text(3.0, recall=[0.5, 0.7], lowest=[0.25, 0.125])}
+    lines = smollm2_page.recall(cells).splitlines()
+    assert lines == ["| layer | `hip` |", "|---|---|", "| 0 | 0.50 / 0.25 |", "| 1 | 0.70 / 0.12 |"]
+    assert smollm2_page.recall({}) == "not measured"
+    head, _, row, control = smollm2_page.recalls(cells).splitlines()
+    assert row.split("|")[head.split("|").index(" 1024 at 0.25 ")] == " 0.60 / 0.12 "
+    assert row.count("not measured") == control.count("not measured") - 1 == len(head.split("|")) - 4
+
+
+def test_shared_choices_stand_under_the_methods_own() -> None:
+    more = {"recall": [0.5, 0.7], "lowest": [0.25, 0.125]}
+    cells = {
+        f"{name}/0.25/1024/{what}": text(value, **more)
+        for name, value in (("pbs", 9.0), ("pbs:share=kv", 10.0), ("a-shape", 8.0))
+        for what in smollm2.TEXTS
+    }
+    assert smollm2_page.shares(cells).splitlines()[2:] == [
+        "| `pbs` | its own | not measured | 9.00 (reads 25.1%), 0.60 / 0.12 | not measured |",
+        "| `pbs` | kv | not measured | 10.00 (reads 25.1%), 0.60 / 0.12 | not measured |",
     ]
-    assert smollm2_page.recall(cells, 0.5) == "not measured"
+    assert smollm2_page.shares({}) == "not measured"
+    assert "share=kv" not in smollm2_page.perplexity(cells, 1024) + smollm2_page.keys(cells)
+
+
+def test_findings_say_who_is_near_dense_attention_and_who_behind_what() -> None:
+    values = {"hip": 10.4, "pbs": 13.0, "sparge": 12.9, "tri-shape": 14.0, "streaming-llm": 12.0, "flex-prefill": 31.0}
+    values |= {"random-tiles": 30.0}
+    cells = {f"{name}/0.1/1024/{what}": text(value) for name, value in values.items() for what in smollm2.TEXTS}
+    assert smollm2_findings.perplexities(cells).count("\n") == 1, "nothing without dense attention"
+    cells |= {f"dense/1/1024/{what}": text(10.0) for what in smollm2.TEXTS}
+    cells |= {"hip/0.25/1024/manual": text(10.0), "random-tiles/0.25/1024/manual": text(10.0)}
+    assert smollm2_findings.perplexities(cells).splitlines()[2:] == [
+        "| 1024 | 0.1 | `hip` +4.0% | `streaming-llm` +20.0%, `sparge` +29.0%, `pbs` +30.0% | +20.0% | +200.0% "
+        "| `flex-prefill`, `pbs`, `sparge` | `flex-prefill` |"
+    ]
+
+
+def test_findings_say_which_keys_are_lost() -> None:
+    cells = {"dense/1/512/needle": key_cell(True, False, True), "dense/1/2048/needle": key_cell(False)}
+    cells |= {"hip/0.1/512/needle": key_cell(True, True, True), "pbs/0.1/512/needle": key_cell(True, False, False)}
+    cells |= {"a-shape/0.1/512/needle": key_cell(False, True, False), "hip/0.1/2048/needle": key_cell(True)}
+    assert smollm2_findings.keys(cells).splitlines()[2:] == [
+        "| 512 | 0.1 | `hip` | `a-shape` | of 2, 10%: 2, 30%: 1, 50%: 1 |"
+    ]
 
 
 def test_a_cell_is_kept_as_soon_as_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
