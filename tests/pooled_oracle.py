@@ -128,15 +128,16 @@ def rotated(key: Tensor, by: int) -> Tensor:
 
 
 def dilated(heads: Heads, method: Dilated) -> Tensor:
+    behind = [far for far in range(10000) if far >= method.near and far % method.step == 0][: method.local]
+
     def row_of(one: Head) -> Tensor:
         found = torch.zeros(one.end, one.end, dtype=torch.float64)
         for i in range(one.end):
             tokens = [
                 j
                 for j in range(i + 1 if one.causal else one.end)
-                if j < method.sink
-                or i < method.first
-                or (abs(i - j) % method.step == 0 and abs(i - j) // method.step < method.local)
+                if (j < method.sink or i < method.first or abs(i - j) < method.near or abs(i - j) in behind)
+                and abs(i - j) < (heads.window or one.end)
             ]
             found[i, tokens] = one.logits(one.q[i], one.k[tokens]).softmax(0)
         return found

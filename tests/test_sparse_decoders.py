@@ -108,7 +108,7 @@ def test_a_window_of_the_model_bounds_what_is_read(method: str) -> None:
 def test_a_method_with_no_window_within_the_models_says_so() -> None:
     _, graph = captured("mistral")
     with pytest.raises(NothingChanged, match=r"attention has a window of its own, \(4, 0\), and the method none"):
-        Pipeline.parse("dilated:step=2").run(graph)
+        Pipeline.parse("combiner:span=4").run(graph)
 
 
 def layer_zero(model: Any, inputs: Any) -> Heads:
@@ -164,6 +164,7 @@ def attention_of(graph: TokenGraph, inputs: Any) -> torch.Tensor:
 CHOICES = (
     "vertical-slash:columns=6,slashes=5,sink=2,near=2,block=8,estimate=8",
     "pbs:block=4,segment=8,threshold=0.3,density=0.5",
+    pytest.param("dilated:step=2,local=3,sink=2,first=1,near=4", marks=pytest.mark.full, id="dilated"),
 )
 
 

@@ -6,18 +6,19 @@ baselines of Jiang et al., "MInference 1.0", NeurIPS 2024, arXiv 2407.02490, sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...attention_index import Heads
+from ...attention_index import AttentionIndex, Heads
+from ...graph import Site
+from ...kernels.block_sparse_attention_with_lse import merged
 from ...registry import register
-from ..span_summaries import NEVER
 from ..sparse import SparseAttention
-from ..sparse_scores import is_real, repeated
+from ..sparse_parts import attend_beyond, attend_with_lse, moved_back, moved_up
+from ..sparse_scores import is_real
 
 
 @register("dilated")
@@ -25,17 +26,21 @@ from ..sparse_scores import is_real, repeated
 class Dilated(SparseAttention):
     """Every token reads itself and every `step`-th token before it, `local` in all, and the first `sink` tokens.
 
-    Where tokens see later ones, as many after it too.  Tokens whose places differ by a multiple of `step` are a
-    sequence of their own, in which the window has no gaps: that is how it is computed.  Longformer's dilated heads are
-    `step=2` with its global token as `sink=1,first=1`; MInference's first dilated baseline is the defaults.  Differs
-    from that: published code reads the odd distances, in tiles that in effect read all, and not the token itself; its
-    second baseline, a dense window inside a dilated one, is not here.  All heads have the same step.
+    Where tokens see later ones, as many after it too.  With `near` every token reads so many nearest ones, itself among
+    them, and the `local` at steps are the first ones behind those.  Longformer's dilated heads are `step=2` with its
+    global token as `sink=1,first=1`; MInference's first dilated baseline (a window of 8192) is the defaults, its second
+    (2048, and a window of 4096 behind them) `near=2048,local=2048`.  Differs from those: published code reads the odd
+    distances, in tiles that in effect read all, and not the token itself.  All heads have the same step.
+
+    Tokens whose places differ by a multiple of `step` are a sequence of their own, in which the window has no gaps:
+    that is how it is computed.  In layers with a window of the model's own that window holds for all parts.
 
     Args:
         step: distance from one token read to the next; 1 is a plain window.
-        local: tokens read at those distances, the token itself among them (to each side, where it sees both).
+        local: tokens read at multiples of that distance (to each side, where it sees both).
         sink: first tokens, read by all.
         first: tokens at the start that read all they see.
+        near: nearest tokens, itself among them, of which all are read; only for causal attention.
         layers: layers to use it in; all of them by default.
     """
 
@@ -46,10 +51,11 @@ class Dilated(SparseAttention):
     local: int = 4096
     sink: int = 1024
     first: int = 0
+    near: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"step": 1, "local": 1, "sink": 0, "first": 0}
+        least = {"step": 1, "local": 1, "sink": 0, "first": 0, "near": 0}
         self.require(**{name: (f"{low} or more", getattr(self, name) >= low) for name, low in least.items()})
 
     @classmethod
@@ -57,75 +63,75 @@ class Dilated(SparseAttention):
         """A window without gaps over everything."""
         return cls(step=1, local=tokens, sink=1)
 
+    @classmethod
+    def takes_windows(cls) -> bool:
+        """All parts are over an index."""
+        return True
+
     @property
     def reads(self) -> str:
         """What a query reads, for the report."""
+        near = f"the {self.near} nearest, " if self.near else ""
         dense = f"; the first {self.first} read all" if self.first else ""
-        return f"reads the first {self.sink} and {self.local} tokens at steps of {self.step}{dense}"
+        return f"reads the first {self.sink}, {near}and {self.local} tokens at steps of {self.step}{dense}"
+
+    def why_not_at(self, site: Site) -> str:
+        """As of any sparse attention; and nearest tokens are those before a token."""
+        reason = super().why_not_at(site)
+        if not reason and self.near and not site.hides_later:
+            return "attention sees later tokens too, and near is for causal attention"
+        return reason
 
     def attend(self, heads: Heads) -> Tensor:
-        """A window over each class of places, whose rows are so many times the batch."""
-        batch, many, tokens = heads.queries.shape[:3]
-        queries, keys, values = (self.apart(x) for x in (heads.queries, heads.keys, heads.values))
-        place = torch.arange(self.sink, device=queries.device)
-        sinks = [
-            self.each(repeated(x.index_select(2, place.clamp(max=tokens - 1)), heads))
-            for x in (heads.keys, heads.values)
-        ]
-        none = torch.arange(batch, device=queries.device) * 0
-        ends = self.each(none + tokens if heads.lengths is None else heads.lengths)
-        rest = (torch.arange(self.step, device=queries.device).unsqueeze(1) + none).flatten()
-        hidden = self.hidden(place, rest.unsqueeze(1), ends.unsqueeze(1), heads.causal)
-        out = torch.ops.tamis.summary_attention(
-            queries,
-            keys,
-            values,
-            *sinks,
-            None,
-            *hidden,
-            (ends - rest + self.step - 1) // self.step,
-            1,
-            self.local,
-            heads.scale,
-            heads.causal,
-            heads.softcap,
-        )
-        out = out.reshape(self.step, batch, many, -1, out.shape[3]).permute(1, 3, 0, 2, 4)
-        out = out.reshape(batch, -1, many, out.shape[4])[:, :tokens].transpose(1, 2)
-        return with_first(out, heads, self.first) if self.first else out
+        """Sinks and nearest tokens, and a window over each class of places, in one softmax."""
+        behind = -(-self.near // self.step)  # steps to the first token behind the nearest ones
+        whole = AttentionIndex(rows=64, sink=self.sink, local=self.near)
+        parts = [attend_with_lse(whole, heads)] if self.sink + self.near else []
+        if not 0 < heads.window <= behind * self.step:
+            parts.append(self.at_steps(heads, behind))
+        out = parts[0][0] if len(parts) == 1 else merged(*parts[0], *parts[1])[0]
+        dense = self.first if heads.causal else max(self.first, self.sink)
+        return self.with_opening(out, heads, dense) if dense else out
 
-    def each(self, x: Tensor) -> Tensor:
-        """x [B, ...] for every class: [step * B, ...]."""
-        return x.unsqueeze(0).expand(self.step, *x.shape).flatten(0, 1)
+    def at_steps(self, heads: Heads, behind: int) -> tuple[Tensor, Tensor]:
+        """Attention to keys behind the sinks, from `behind` steps away on, and its log-sum-exp; nothing to sinks."""
+        parts = {name: self.apart(getattr(heads, name)) for name in ("queries", "keys", "values")}
+        ends = torch.arange(heads.queries.shape[0], device=heads.queries.device) * 0 + heads.tokens
+        ends = (ends if heads.lengths is None else heads.lengths) - self.sink
+        rest = torch.arange(self.step, device=ends.device).unsqueeze(1)
+        ends = (ends - rest + self.step - 1).clamp(min=0).flatten() // self.step
+        window = -(-heads.window // self.step)
+        each = replace(heads, **parts, lengths=ends, window=window)
+        out, lse = attend_beyond(AttentionIndex(rows=64, local=self.local), each, behind)
+        return moved_back(self.joined(out, heads), self.joined(lse.unsqueeze(-1), heads).squeeze(-1), self.sink)
 
     def apart(self, x: Tensor) -> Tensor:
-        """x [B, H, N, D] by class of places: [step * B, H, ceil(N / step), D], zeros behind the last."""
+        """x [B, H, N, D] behind the sinks by class of places: [step * B, H, ceil(N / step), D], zeros behind."""
         batch, many, tokens, size = x.shape
         count = (tokens + self.step - 1) // self.step
-        x = pad(x, (0, 0, 0, count * self.step - tokens)).reshape(batch, many, count, self.step, size)
+        x = pad(moved_up(x, self.sink), (0, 0, 0, count * self.step - tokens))
+        x = x.reshape(batch, many, count, self.step, size)
         return x.permute(3, 0, 1, 2, 4).reshape(self.step * batch, many, count, size)
 
-    def hidden(self, sink: Tensor, rest: Tensor, ends: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        """From which query on and until which the sinks are not read, in the count of each class: [step * B, sink].
+    def joined(self, x: Tensor, heads: Heads) -> Tensor:
+        """The inverse of `apart`, where sinks are cut off: [B, H, N, D]."""
+        batch, many = heads.queries.shape[:2]
+        x = x.reshape(self.step, batch, many, -1, x.shape[3]).permute(1, 2, 3, 0, 4)
+        return x.reshape(batch, many, -1, x.shape[4])[:, :, : heads.tokens]
 
-        Those of the same class are read within the window already.
-        """
-        own = sink // self.step
-        before = (sink - rest + self.step - 1) // self.step if causal else rest * 0 + sink * 0
-        same = sink % self.step == rest
-        begin = rest * 0 + sink * 0 if causal else torch.where(same, own + 1 - self.local, 0)
-        stop = torch.where(same, own + self.local, before)
-        there = sink < ends
-        return torch.where(there, begin, 0), torch.where(there, stop, NEVER)
-
-
-def with_first(out: Tensor, heads: Heads, first: int) -> Tensor:
-    """`out` [B, H, N, D] with dense attention in the rows of the first tokens."""
-    place = torch.arange(heads.tokens, device=out.device)
-    few = torch.arange(first, device=out.device).clamp(max=heads.tokens - 1)
-    seen: Any = (place <= few.unsqueeze(1)) if heads.causal else None
-    bias = torch.where(is_real(heads), 0.0, -torch.inf).expand(out.shape[0], -1)
-    queries = heads.queries.index_select(2, few)
-    dense = torch.ops.tamis.attention(queries, heads.keys, heads.values, bias, seen, heads.scale, False, heads.softcap)
-    opening = (place < first)[:, None] & is_real(heads)[:, None, :, None]
-    return torch.where(opening, dense.index_select(2, place.clamp(max=first - 1)), out)
+    def with_opening(self, out: Tensor, heads: Heads, many: int) -> Tensor:
+        """`out` [B, H, N, D] with the first tokens in place, by masked attention to all keys."""
+        place = torch.arange(heads.tokens, device=out.device)
+        few = torch.arange(many, device=out.device).clamp(max=heads.tokens - 1).unsqueeze(1)
+        apart = (few - place).abs()
+        seen = (few < self.first) | (place < self.sink)
+        seen = seen | ((apart % self.step == 0) & (apart < self.step * self.local))
+        seen = seen & (place <= few) if heads.causal else seen
+        seen = seen & (apart < heads.window) if heads.window else seen
+        bias = torch.where(is_real(heads), 0.0, -torch.inf).expand(out.shape[0], -1)
+        queries = heads.queries.index_select(2, few.flatten())
+        dense = torch.ops.tamis.attention(
+            queries, heads.keys, heads.values, bias, seen, heads.scale, False, heads.softcap
+        )
+        opening = (place < many)[:, None] & is_real(heads)[:, None, :, None]
+        return torch.where(opening, dense.index_select(2, place.clamp(max=many - 1)), out)

@@ -11,20 +11,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...attention_index import AttentionIndex, Heads
 from ...graph import Site
 from ...kernels.block_sparse_attention_with_lse import merged
 from ...registry import register
-from ..sparse import arguments
+from ..sparse_parts import attend_beyond, attend_with_lse
 from .a_shape import AShape
-
-
-def attend_with_lse(index: AttentionIndex, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Attention over an index [B, H, N, D], and its log-sum-exp [B, H, N]."""
-    out, lse = torch.ops.tamis.block_sparse_attention_with_lse(*arguments(index, heads))
-    return out, lse
 
 
 @dataclass(frozen=True)
@@ -75,17 +68,8 @@ class TwoAngles(AShape):
         (out, lse), far = self.near(heads), self.far(heads)
         if 0 < heads.window <= self.local:  # nobody sees farther
             return out
-        return merged(out, lse, *self._beyond(far, self.choose(heads, far, lse)))[0]
-
-    def _beyond(self, far: Heads, index: AttentionIndex) -> tuple[Tensor, Tensor]:
-        """Attention to the index's keys `local` tokens and more away, and its log-sum-exp."""
-        later, rows = self.local, self.local // index.rows
-        ends = None if far.lengths is None else (far.lengths - later).clamp(min=0)
-        queries, window = pad(far.queries, (0, 0, 0, later))[:, :, later:], max(far.window - later, 0)
-        delayed = replace(far, queries=queries, lengths=ends, window=window)
-        tiles = None if index.tiles is None else pad(index.tiles, (0, 0, 0, rows), value=-1)[:, :, rows:]
-        out, lse = attend_with_lse(replace(index, tiles=tiles, local=0), delayed)
-        return pad(out, (0, 0, later, 0))[:, :, :-later], pad(lse, (later, 0), value=-torch.inf)[:, :, :-later]
+        index = replace(self.choose(heads, far, lse), local=0)
+        return merged(out, lse, *attend_beyond(index, far, self.local))[0]
 
     def far(self, heads: Heads) -> Heads:
         """Queries and keys as those far away from each other see them."""

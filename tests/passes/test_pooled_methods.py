@@ -40,6 +40,9 @@ CASES: dict[str, tuple[Any, Weighed]] = {
     "routing": (Routing(clusters=4), oracle.routing),
     "routing-window": (Routing(clusters=5, window=3, rounds=1), oracle.routing),
     "dilated": (Dilated(step=2, local=5, sink=3), oracle.dilated),
+    "dilated-near": (Dilated(step=2, local=3, sink=2, near=4), oracle.dilated),
+    "dilated-odd": (Dilated(step=3, local=2, sink=1, first=1, near=5), oracle.dilated),
+    "dilated-alone": (Dilated(step=4, local=2, sink=0), oracle.dilated),
     "dilated-first": (Dilated(step=3, local=3, sink=2, first=2), oracle.dilated),
 }
 every_case = pytest.mark.parametrize(("method", "weighed"), CASES.values(), ids=CASES)
@@ -70,7 +73,7 @@ def test_the_cases_are_not_dense(method: Any, weighed: Weighed) -> None:
 
 @every_case
 def test_where_tokens_see_later_ones(method: Any, weighed: Weighed) -> None:
-    if not method.bidirectional:
+    if not method.bidirectional or getattr(method, "near", 0):
         return
     heads = replace(drawn(2, 23, lengths=[23, 14]), causal=False)
     expected = mixed(heads, weighed(heads, method))
@@ -121,6 +124,36 @@ def test_landmark_example() -> None:
         assert rounded(method.attend(wide)[0, 0, 18]) == expected
 
 
+def test_dilated_example() -> None:
+    """Pairs of 16 tokens and the last one's keys: with sinks and a dilated window, and with a dense one before it."""
+    heads = replace(fixture(), values=torch.eye(16).double()[None, None])
+    for method, pairs, last in (
+        (Dilated(step=2, local=3, sink=2), 67, [0, 1, 11, 13, 15]),
+        (Dilated(step=2, local=2, sink=2, near=4), 99, [0, 1, 9, 11, 12, 13, 14, 15]),
+    ):
+        read = method.attend(heads) != 0
+        assert read.sum((0, 2, 3)).tolist() == [pairs, pairs]
+        assert read[0, 0, 15].nonzero().flatten().tolist() == last
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "dilated" in name])
+@pytest.mark.parametrize("window", [3, 5, 9])
+def test_dilated_windows_end_with_the_model_s(case: str, window: int) -> None:
+    method, weighed = CASES[case]
+    heads = drawn(6, 23, lengths=[23, 14], window=window)
+    for one in (heads, replace(heads, causal=False)):
+        if one.causal or not method.near:
+            expected = mixed(one, weighed(one, method))
+            torch.testing.assert_close(method.attend(one).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_near_tokens_are_those_before() -> None:
+    assert Dilated(near=4).why_not_at(captured_decoder("llama")[1].sites[0]) == ""
+    site = captured("bert", torch.float32).sites[0]
+    assert Dilated().why_not_at(site) == ""
+    assert "near is for causal attention" in Dilated(near=4).why_not_at(site)
+
+
 def test_cca_reads_no_token_twice() -> None:
     """As printed, token 12 of 1 .. 16 would be in group 3 and in the window of 4 tokens."""
     window = oracle.cca(drawn(4, 16), CCA(span=4, local=4))[0, 0, 15]
@@ -134,7 +167,7 @@ def test_cca_reads_no_token_twice() -> None:
     ("name", "case"),
     [
         ("llama", "combiner"),
-        ("llama", "dilated-first"),
+        ("llama", "dilated-odd"),
         ("qwen2", "cca"),
         pytest.param("qwen2", "landmark-some", marks=pytest.mark.full),
     ],
