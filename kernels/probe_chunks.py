@@ -6,14 +6,15 @@
 q        [B, H, N, D]        float
 k        [B, Hk, N, D]       float    Hk divides H; head h multiplies with key head h // (H / Hk)
 starts   [B', S', R', M]     int64    first key of each chunk of each row; B', S', R' may be 1.  Below 0, or not
-                                      before the row's end: there is no chunk, and its score means nothing
+                                      before the row's end: there is no chunk
 lengths  [B]                 int64    real tokens, which come first in each row; None: N
 chunk    int                          keys of a chunk; one that reaches beyond the row's end is shorter
 stride   int                          of the `block` queries of a row, every so many is asked
 local    int                          a row's end: that of its real queries, less `local`
 share    str                          whose queries count: "query" one head's, "kv" those of a key head, "layer" all
 window   int                          keys so many tokens before a query, and more, are hidden from it; 0: none are
-->       [B, S, R, M]        float32  S = H, Hk or 1, R = ceil(N / block); the lowest number where all met are hidden
+->       [B, S, R, M]        float32 (float64 for float64 input)  S = H, Hk or 1, R = ceil(N / block); the lowest number
+                                      of float32 where all met are hidden, or there is no chunk
 
 A query multiplies with keys up to itself that no window hides.  Ties: the left half.  Takes memory for two keys of each
 chunk.  Raises nothing of its own.
@@ -34,6 +35,7 @@ from ..attention_index import SHARES
 from ..op import OnnxCall, Op, define_op
 from .opset import STANDARD as op
 from .opset import TAMIS
+from .precision import compute_dtype
 from .rows import take_rows
 
 LOWEST = torch.finfo(torch.float32).min
@@ -61,10 +63,10 @@ def reference(
     """See the module."""
     (batch, heads, tokens, size), sets = q.shape, q.shape[1] if share == "query" else k.shape[1]
     rows = (tokens + block - 1) // block
-    asked = pad(q.float(), (0, 0, 0, rows * block - tokens)).reshape(batch, heads, rows, block, size)
+    asked = pad(q.to(compute_dtype(q)), (0, 0, 0, rows * block - tokens)).reshape(batch, heads, rows, block, size)
     asked = asked[:, :, :, ::stride].reshape(batch, sets, heads // sets, rows, -1, size).transpose(2, 3)
     asked = asked.reshape(batch, sets, rows, -1, size)
-    keys = k.float().repeat_interleave(sets // k.shape[1], 1).reshape(batch * sets, tokens, size)
+    keys = k.to(compute_dtype(k)).repeat_interleave(sets // k.shape[1], 1).reshape(batch * sets, tokens, size)
     place = torch.arange(rows, device=q.device).unsqueeze(1) * block
     place = place + torch.arange(0, block, stride, device=q.device).repeat(heads // sets)  # [R, asked]
     there = place < (tokens if lengths is None else lengths.reshape(-1, 1, 1, 1))
@@ -92,7 +94,7 @@ def reference(
         score = met if score is None else torch.maximum(score, met)
         left, right = torch.where(a >= b, left, middle), torch.where(a >= b, middle, right)
     assert score is not None
-    return score
+    return torch.where((starts >= 0) & (starts < ends), score, LOWEST)
 
 
 def _of_rows(starts: Tensor, rows: Any) -> Tensor:
@@ -112,7 +114,7 @@ def fake(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor | None, *rest: An
     block, share = rest[2], rest[4]
     scope = {"layer": 1, "kv": k.shape[1], "query": q.shape[1]}[share]
     rows = (q.shape[2] + block - 1) // block
-    return q.new_empty((q.shape[0], scope, rows, starts.shape[3]), dtype=torch.float32)
+    return q.new_empty((q.shape[0], scope, rows, starts.shape[3]), dtype=compute_dtype(q))
 
 
 @script(TAMIS, default_opset=op)
@@ -147,6 +149,7 @@ def ProbeChunks(
     scope = op.Where(op.Expand(share, one) == 0, one, sets)
     many = op.Shape(starts, start=3, end=4)
     grid = op.Concat(batch, scope, rows, many, axis=0)
+    there_is = op.And(starts >= 0, starts < ends)
     left = op.Expand(op.Max(starts, 0), grid)
     right = op.Max(op.Min(starts + chunk, ends), op.Expand(op.Constant(value_int=0), grid))
     lowest = op.Constant(value_float=-3.4028234663852886e38)
@@ -172,7 +175,7 @@ def ProbeChunks(
         nearer = a >= b
         left = op.Where(nearer, left, middle)
         right = op.Where(nearer, middle, right)
-    return score
+    return op.Where(there_is, score, lowest)
 
 
 def onnx(
@@ -225,5 +228,6 @@ PROBE_CHUNKS = define_op(
         onnx=onnx,
         flops=flops,
         samples=samples,
+        triton="probe_chunks",
     )
 )
