@@ -29,12 +29,13 @@ COUNTS += [f"{name}_{axis}" for name in ("distances", "columns") for axis in ("b
 @triton.jit
 def below(listed, stride, low, high, bound, span):
     """How many distances of an ascending list are below `bound`: from low to high, which are at most `span` apart."""
-    while span > 0:
+    left = tl.cast(span, tl.int32)
+    while left > 0:
         middle = (low + high) // 2
         found = tl.load(listed + middle.to(tl.int64) * stride, mask=low < high, other=-1).to(tl.int32)
         less = (found >= 0) & (found < bound)
         low, high = tl.where(less, middle + 1, low), tl.where(less, high, middle)
-        span = span // 2
+        left = left // 2
     return low
 
 
@@ -61,8 +62,7 @@ def slash_tiles_kernel(
         left = left & (start < tokens)
         tl.store(line + slot, start, mask=left)
         used, last, slot = used + left.to(tl.int32), tl.where(left, start, last), slot + 1
-        furthest = tl.maximum(count - BLOCK, 0)
-        count = below(listed, distances_item, furthest, count - 1, at, tl.full([], BLOCK - 1, tl.int32))
+        count = below(listed, distances_item, tl.maximum(count - BLOCK, 0), count - 1, at, BLOCK - 1)
         left = left & (count > 0)
     tl.debug_barrier()
     inside, far, of_row = (row < rows)[:, None], line[:, None], used[:, None]
