@@ -81,6 +81,7 @@ def _of_tiles(x: float, tokens: int) -> dict[str, Any]:
 
 KNOBS: dict[str, Knob] = {
     "a-shape": _static,
+    "dilated": _static,
     "tri-shape": lambda x, tokens: {**_static(x, tokens), "last": tile(tokens)},
     "lm-infinite": lambda x, tokens: {"local": max(1, round(x * tokens))},
     "streaming-llm": lambda x, tokens: {"local": max(1, round(x * tokens))},

@@ -45,7 +45,6 @@ class Dilated(SparseAttention):
     """
 
     bidirectional = True
-    indexed = False
 
     step: int = 2
     local: int = 4096
@@ -81,6 +80,18 @@ class Dilated(SparseAttention):
         if not reason and self.near and not site.hides_later:
             return "attention sees later tokens too, and near is for causal attention"
         return reason
+
+    def index(self, heads: Heads) -> AttentionIndex:
+        """Every query's keys at steps as single ones: what is read, said for measuring; `attend` needs no list."""
+        place = torch.arange(heads.tokens, dtype=torch.int32, device=heads.queries.device)
+        behind = -(-self.near // self.step)
+        last = place - self.step * behind if heads.causal else place + self.step * (self.local - 1)
+        begin = (place - self.step * (behind + self.local - 1)).clamp(min=self.sink)
+        begin = begin + (place - begin) % self.step
+        steps = place[:: self.step][: self.local if heads.causal else 2 * self.local - 1]
+        columns = begin.unsqueeze(1) + steps
+        columns = torch.where(columns <= last.clamp(max=heads.tokens - 1).unsqueeze(1), columns, -1)
+        return AttentionIndex(rows=1, columns=columns[None, None], sink=self.sink, local=self.near, first=self.first)
 
     def attend(self, heads: Heads) -> Tensor:
         """Sinks and nearest tokens, and a window over each class of places, in one softmax."""

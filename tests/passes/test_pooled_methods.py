@@ -14,7 +14,7 @@ from decoders import captured as captured_decoder
 from decoders import prompt
 from pooled_oracle import mixed, model_by_hand
 from rewriting import captured, run
-from sparse_oracle import drawn, fixture
+from sparse_oracle import drawn, expanded, fixture
 from test_sparse_decoders import logits, original
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,6 +145,16 @@ def test_dilated_windows_end_with_the_model_s(case: str, window: int) -> None:
         if one.causal or not method.near:
             expected = mixed(one, weighed(one, method))
             torch.testing.assert_close(method.attend(one).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "dilated" in name])
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_dilated_index_names_what_is_read(case: str, window: int) -> None:
+    method, weighed = CASES[case]
+    heads = drawn(6, 23, lengths=[23, 14], window=window)
+    for one in (heads, replace(heads, causal=False), drawn(7, 1)):
+        if one.causal or not method.near:
+            assert torch.equal(expanded(method.index(one), one), weighed(one, method) > 0)
 
 
 def test_near_tokens_are_those_before() -> None:
