@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention_index import AttentionIndex, Heads
+from ..kernels.attention import grouped_mix, softmax_of_seen
 from .sparse import arguments
 
 
@@ -30,6 +31,13 @@ def attend_beyond(index: AttentionIndex, heads: Heads, distance: int) -> tuple[T
     delayed = replace(heads, queries=moved_up(heads.queries, distance), lengths=ends, window=window)
     tiles = None if index.tiles is None else pad(index.tiles, (0, 0, 0, rows), value=-1)[:, :, rows:]
     return moved_back(*attend_with_lse(replace(index, tiles=tiles), delayed), distance)
+
+
+def attend_by_logits(logits: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Attention [B, H, n, D] of queries to all values by their logits [B, H, n, N], -inf: unread; and log-sum-exp."""
+    read = (logits > -torch.inf).any(-1)
+    sums = logits.clamp(min=torch.finfo(logits.dtype).min).logsumexp(-1)
+    return grouped_mix(softmax_of_seen(logits), heads.values, heads.queries), torch.where(read, sums, -torch.inf)
 
 
 def moved_up(x: Tensor, tokens: int) -> Tensor:

@@ -88,19 +88,23 @@ def pooled_logits(heads: Heads, keys: Tensor, block: int) -> Tensor:
     return queries @ repeated(means, heads).transpose(2, 3) * heads.scale
 
 
+def last_places(heads: Heads, many: int) -> Tensor:
+    """Places [B, many] of the last real tokens, ascending; below 0 where there are fewer."""
+    device = heads.queries.device
+    ends = torch.arange(heads.queries.shape[0], device=device) * 0 + heads.tokens
+    ends = ends if heads.lengths is None else heads.lengths
+    return ends.unsqueeze(1) - many + torch.arange(many, device=device)
+
+
 def last_queries(heads: Heads, many: int) -> tuple[Tensor, Tensor]:
     """Attention of the last `many` real tokens to all, [B, H, many, N]; their places [B, many], below 0 where none is.
 
     A row of a token that there is not is 0.
     """
-    device, batch = heads.queries.device, heads.queries.shape[0]
-    ends = heads.lengths
-    if ends is None:
-        ends = torch.arange(batch, device=device) * 0 + heads.tokens
-    place = ends.unsqueeze(1) - many + torch.arange(many, device=device)
+    place = last_places(heads, many)
     queries = take_rows(heads.queries, place.clamp(min=0), 2, 0).float()
     logits = capped(queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale, heads.softcap)
-    key = torch.arange(heads.tokens, device=device)
+    key = torch.arange(heads.tokens, device=place.device)
     seen = (key <= place.unsqueeze(-1)).unsqueeze(1)
     if heads.window:
         seen = seen & (place.unsqueeze(-1) - key < heads.window).unsqueeze(1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import DECODERS, Decoder, captured, prompt
-from sparse_oracle import drawn, expanded, fixture, recall
+from sparse_oracle import attended, drawn, expanded, fixture, recall
 from torch import Tensor
 from two_angles_oracle import TwoPositions, attending, remembered, sinks
 
@@ -47,6 +47,10 @@ CASES = {
     "lm-infinite": (LMInfinite(sink=3, local=9), TwoPositions(9, sinks(3), 9, True)),
     "farther": (LMInfinite(sink=3, local=9, distance=14), TwoPositions(9, sinks(3), 14, True)),
     "narrow": (LMInfinite(sink=3, local=2), TwoPositions(2, sinks(3), 2, True)),
+    "middle": (
+        LMInfinite(sink=3, local=9, middle=4, last=2),
+        TwoPositions(9, sinks(3), 9, True, middle=4, middle_at=4, last=2),
+    ),
     "blocks": (
         InfLLM(sink=2, local=6, blocks=2, block=3, stand_ins=2, chunk=3),
         TwoPositions(6, remembered(2, 6, 2, 3, 2, 3), 5, True),
@@ -60,7 +64,13 @@ def some(pairs: list[Any]) -> list[Any]:
     return [pytest.param(*one) if chosen else pytest.param(*one, marks=pytest.mark.full) for *one, chosen in pairs]
 
 
-QUICK = [("llama", "lm-infinite"), ("partly rotated", "blocks"), ("capped", "slots"), ("mistral", "narrow")]
+QUICK = [
+    ("llama", "lm-infinite"),
+    ("partly rotated", "blocks"),
+    ("capped", "slots"),
+    ("mistral", "narrow"),
+    ("qwen2", "middle"),
+]
 
 
 def answered(program: Any, inputs: dict[str, Tensor], **more: Any) -> Tensor:
@@ -102,13 +112,18 @@ def test_prompts_within_the_window_are_dense(case: str) -> None:
 
 @pytest.mark.parametrize("case", some([(case, case == "farther") for case in CASES]))
 def test_later_tokens_change_nothing(case: str) -> None:
-    """A prompt's first 21 tokens, whole chunks of them, are answered as in the prompt of those alone."""
+    """A prompt's first 21 tokens, whole chunks of them, are answered as in the prompt of those alone.
+
+    But for the last ones, where those read more.
+    """
     _, graph = decoder("llama")
     program = Pipeline.parse(CASES[case][0]).run(graph).graph.program.module()
     whole = prompt(2, 33, None)
     some_of_it = {name: x[:, :21] for name, x in whole.items()}
     got, alone = (answered(program, inputs).unflatten(0, (2, -1)) for inputs in (whole, some_of_it))
-    torch.testing.assert_close(got[:, :21], alone, rtol=1e-4, atol=1e-4)
+    same = 21 - CASES[case][1].last * (CASES[case][1].middle > 0)
+    torch.testing.assert_close(got[:, :same], alone[:, :same], rtol=1e-4, atol=1e-4)
+    assert same == 21 or (got[:, same:21] - alone[:, same:]).abs().max() > 1e-3
 
 
 def test_rows_add_up_to_one_and_follow_the_mask() -> None:
@@ -122,6 +137,33 @@ def test_rows_add_up_to_one_and_follow_the_mask() -> None:
     ones = replace(heads, values=torch.ones_like(heads.values))
     for one in (method, LMInfinite(sink=2, local=4)):
         torch.testing.assert_close(one.attend(ones), torch.ones_like(heads.queries))
+
+
+def test_all_from_the_middle_is_dense_for_the_last() -> None:
+    """Where nothing is rotated, and padded rows have last tokens of their own."""
+    heads, plain = drawn(1, 50, lengths=[50, 31]), LMInfinite(sink=2, local=8)
+    got = replace(plain, middle=50, last=3).attend(heads)
+    torch.testing.assert_close(replace(plain, last=3).attend(heads), plain.attend(heads))
+    for row, end in enumerate((50, 31)):
+        dense = attended(heads)[row, :, end - 3 : end]
+        torch.testing.assert_close(got[row, :, end - 3 : end].double(), dense, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[row, :, : end - 3], plain.attend(heads)[row, :, : end - 3])
+    assert (got[1, :, 31:] == 0).all()
+    short = drawn(2, 2)
+    torch.testing.assert_close(replace(plain, middle=5, last=4).attend(short), plain.attend(short))
+
+
+def test_the_middle_is_the_best_of_each_head_and_the_first_of_equals() -> None:
+    """The fixture's last token: what it reads of tokens 2 to 11."""
+    heads = replace(fixture(), values=torch.eye(16).double()[None, None])
+    method = LMInfinite(sink=2, local=4, middle=2)
+    read = method.attend(heads)[0, :, 15] != 0
+    logits = (heads.queries[0, :, 15] @ heads.keys[0, 0].T)[:, 2:12]
+    assert torch.equal(read[:, 2:12], torch.zeros(2, 10).scatter(1, logits.topk(2).indices, 1.0).bool())
+    equal = replace(heads, keys=torch.ones_like(heads.keys))
+    assert method.attend(equal)[0, 0, 15].nonzero().flatten().tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    windowed = method.attend(replace(equal, window=10))[0, 0, 15]
+    assert windowed.nonzero().flatten().tolist() == [6, 7, 12, 13, 14, 15]
 
 
 def test_blocks_of_the_card_s_example() -> None:
@@ -167,7 +209,7 @@ def test_some_heads_rotate_their_own() -> None:
     some(
         [
             ("infllm:sink=2,local=6,blocks=2,block=3,stand_ins=2,chunk=3,layers=[0]", True),
-            ("lm-infinite:sink=3,local=9", False),
+            ("lm-infinite:sink=3,local=9,middle=3,last=2", False),
             ("streaming-llm:sink=3,local=9,positions=slot", False),
             ("hip:sink=2,local=6,chunks=[8,4],keeps=[16,8],strides=[2,1],block=8", False),
         ]

@@ -22,12 +22,17 @@ class TwoPositions:
                 which far keys are read
     reach       a query's position for far keys is that of its own place, but at most this
     at_origin   far keys stand at position 0, or at their own
+    middle      the last `last` queries also read so many of the far keys left, those of highest logit with keys at
+                position 0 and queries at `middle_at` or before
     """
 
     local: int
     far: Far
     reach: int
     at_origin: bool
+    middle: int = 0
+    middle_at: int = 0
+    last: int = 1
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -73,6 +78,14 @@ def row_attention(
     near = (distance >= 0) & (distance < how.local)
     far = how.far(torch.where(near, logits, -torch.inf).softmax(-1), far_q, far_k) & (distance >= how.local)
     seen = (near | far) & (distance < (window or len(place)))
+    at = place.clamp(max=how.middle_at)
+    between = rotate(raw[0], (cos[at], sin[at])) @ rotate(raw[1], (cos[place * 0], sin[place * 0])).transpose(1, 2)
+    between = between * scale if softcap is None else softcap * torch.tanh(between * scale / softcap)
+    for h in range(len(q)):
+        for i in range(max(0, len(place) - how.last), len(place)):
+            left = [j for j in range(i - how.local + 1) if not far[h, i, j] and i - j < (window or len(place))]
+            best = sorted(left, key=lambda j, row=between[h, i]: (-float(row[j]), j))[: how.middle]
+            logits[h, i, best], seen[h, i, best] = between[h, i, best], True
     return torch.where(seen, logits, -torch.inf).softmax(-1) @ v
 
 

@@ -20,6 +20,7 @@ from ..sparse_scores import (
     covering,
     first_seen,
     in_tiles,
+    last_places,
     pooled_logits,
     ranks,
     real_tiles,
@@ -103,17 +104,15 @@ class PBS(SparseAttention):
 
     def _weights(self, heads: Heads) -> Tensor:
         """[B, H, N] mean attention of the last `block` real queries to all keys of whole segments; 0 elsewhere."""
-        device, batch = heads.queries.device, heads.queries.shape[0]
-        ends = torch.arange(batch, device=device) * 0 + heads.tokens if heads.lengths is None else heads.lengths
-        place = ends.unsqueeze(1) - self.block + torch.arange(self.block, device=device)
+        place = last_places(heads, self.block)
+        token, ends = torch.arange(heads.tokens, device=place.device), place[:, -1:] + 1
         queries = take_rows(heads.queries, place.clamp(min=0), 2, 0).float()
         logits = capped(queries @ repeated(heads.keys, heads).float().transpose(2, 3) * heads.scale, heads.softcap)
-        whole = torch.arange(heads.tokens, device=device) < (ends // self.segment * self.segment).unsqueeze(1)
+        whole = token < ends // self.segment * self.segment
         there = (place >= 0)[:, None, :, None]
         seen = there & whole[:, None, None, :]
         if heads.window:
-            distance = place.unsqueeze(2) - torch.arange(heads.tokens, device=device)
-            seen = seen & (distance < heads.window).unsqueeze(1)
+            seen = seen & (place.unsqueeze(2) - token < heads.window).unsqueeze(1)
         weights = torch.where(seen, logits, torch.finfo(torch.float32).min).softmax(-1)
         return torch.where(seen, weights, 0.0).sum(2) / there.sum(2).clamp(min=1)
 
