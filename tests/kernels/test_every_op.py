@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import one_of_each_kind
 from onnx_call import run_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -80,7 +81,7 @@ def assert_close(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
             assert_same(a, b)
 
 
-@every_sample
+@pytest.mark.parametrize(("op", "args"), one_of_each_kind(CASES))
 def test_the_reference_traces_with_symbolic_shapes(op, args):
     traced, expected_shapes, inputs = trace(op, args)
     assert not [node for node in traced.graph.nodes if node.op == "get_attr"]
