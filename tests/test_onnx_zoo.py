@@ -23,7 +23,11 @@ METHODS = ["tome:r=3", "evit:keep_ratio=0.6,layers=[0,1]", "random:keep_ratio=0.
 ZOO = ["vit_small", "deit_distilled", "deit3_small", "dinov2_reg4", "hf_vit", "clip_vision", "bert"]
 ZOO += ["roberta", "t5_encoder", "modernbert"]
 ZOO += ["eva02", "beit", "siglip", "hf_siglip"]
-CASES = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
+EVERY = ("vit_small", "deit_distilled", "bert")  # one prefix token, two of them, padding
+PAIRS = [(name, method) for name in ZOO for method in METHODS if FAMILIES[name].takes(method)]
+CASES: list[Any] = [  # every model with one method, every method with these models
+    pytest.param(*pair, marks=[] if pair[0] in EVERY or pair[1] == METHODS[0] else [pytest.mark.full]) for pair in PAIRS
+]
 CASES += [(name, "pitome:keep_ratio=0.8,margin=0.5,bsm=[0]") for name in ("vit_small", "bert")]
 CASES += [("bert", "tofu:keep_ratio=0.8,switch=0,layers=[0] + tome:matching=kth,k=3,layers=[1]")]
 CASES += [("bert", "diffrate:r=4,layers=[0] + mctf:r=4,layers=[1] + tome:r=2,matching=random,layers=[1]")]

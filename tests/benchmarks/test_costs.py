@@ -11,6 +11,8 @@ import pytest
 FIXED = 150  # MB that tracing and the libraries take whatever the model is
 
 
+# Compiling from nothing, twice: that layers share kernels, and that passes take less time than an export, is tested at
+# every change by tests/lowering/test_callables.py and tests/test_traps.py.
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, float]]:
     """Dense and reduced, each compiled in a process of its own."""
@@ -18,10 +20,12 @@ def compiled() -> dict[str, dict[str, float]]:
     return {kind: compile_time.child("vit_tiny_4", kind) for kind in compile_time.KINDS}
 
 
+@pytest.mark.full
 def test_a_reduced_model_has_no_more_kernels_than_the_dense_one(compiled: dict[str, dict[str, float]]) -> None:
     assert 0 < compiled["reduced"]["kernels"] <= compiled["dense"]["kernels"]
 
 
+@pytest.mark.full
 def test_a_reduced_model_compiles_in_twice_the_time(compiled: dict[str, dict[str, float]]) -> None:
     """The goal of 2x, without what is paid once; measured 0.8x."""
     assert compiled["reduced"]["reduced"] < 2 * compiled["dense"]["dense"]

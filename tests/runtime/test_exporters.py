@@ -18,7 +18,6 @@ SAMPLE = {
     ("bert_v4", "optimized"),
     ("t5", "torchscript13"),
     ("dinov2", "torchscript11"),
-    ("clip_text", "torchscript"),
     ("vit", "converted"),
     ("llama_past", "torchscript"),
 }
