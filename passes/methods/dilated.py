@@ -18,7 +18,7 @@ from ...kernels.block_sparse_attention_with_lse import merged
 from ...registry import register
 from ..sparse import SparseAttention
 from ..sparse_parts import attend_beyond, attend_with_lse, moved_back, moved_up
-from ..sparse_scores import is_real
+from ..sparse_scores import first_seen, is_real
 
 
 @register("dilated")
@@ -90,7 +90,8 @@ class Dilated(SparseAttention):
         begin = begin + (place - begin) % self.step
         steps = place[:: self.step][: self.local if heads.causal else 2 * self.local - 1]
         columns = begin.unsqueeze(1) + steps
-        columns = torch.where(columns <= last.clamp(max=heads.tokens - 1).unsqueeze(1), columns, -1)
+        shown = (columns <= last.clamp(max=heads.tokens - 1).unsqueeze(1)) & (columns >= first_seen(heads, 1))
+        columns = torch.where(shown, columns, -1)
         return AttentionIndex(rows=1, columns=columns[None, None], sink=self.sink, local=self.near, first=self.first)
 
     def attend(self, heads: Heads) -> Tensor:
@@ -106,13 +107,13 @@ class Dilated(SparseAttention):
 
     def at_steps(self, heads: Heads, behind: int) -> tuple[Tensor, Tensor]:
         """Attention to keys behind the sinks, from `behind` steps away on, and its log-sum-exp; nothing to sinks."""
-        parts = {name: self.apart(getattr(heads, name)) for name in ("queries", "keys", "values")}
+        queries, keys, values = (self.apart(x) for x in (heads.queries, heads.keys, heads.values))
         ends = torch.arange(heads.queries.shape[0], device=heads.queries.device) * 0 + heads.tokens
         ends = (ends if heads.lengths is None else heads.lengths) - self.sink
         rest = torch.arange(self.step, device=ends.device).unsqueeze(1)
         ends = (ends - rest + self.step - 1).clamp(min=0).flatten() // self.step
         window = -(-heads.window // self.step)
-        each = replace(heads, **parts, lengths=ends, window=window)
+        each = replace(heads, queries=queries, keys=keys, values=values, lengths=ends, window=window)
         out, lse = attend_beyond(AttentionIndex(rows=64, local=self.local), each, behind)
         return moved_back(self.joined(out, heads), self.joined(lse.unsqueeze(-1), heads).squeeze(-1), self.sink)
 
