@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class Case:
         return self.q, self.k, self.v, *self.index, self.softcap, self.window
 
 
-def drawn_case(seed: int) -> Case:
+def drawn_case(seed: int, size: int = 8, scale: float = 0.4) -> Case:
     """A random index; every second one with padding, some over keys in another order or with a window."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -107,8 +107,8 @@ def drawn_case(seed: int) -> Case:
     heads, group = draw(1, 2), draw(1, 3)
     share = ("layer", "kv", "query")[seed % 3]
     scope = {"layer": 1, "kv": heads, "query": heads * group}[share]
-    q = torch.randn(2, heads * group, tokens, 8, generator=generator)
-    k, v = (torch.randn(2, heads, tokens, 8, generator=generator) for _ in range(2))
+    q = torch.randn(2, heads * group, tokens, size, generator=generator)
+    k, v = (torch.randn(2, heads, tokens, size, generator=generator) for _ in range(2))
     tiles, columns = drawn_index(generator, 2, scope, tokens, rows, width)
     lengths = torch.tensor([tokens, draw(1, tokens)]) if seed % 2 else None
     sink, local, causal = draw(0, 3), draw(0, 4), seed % 5 != 0
@@ -129,5 +129,14 @@ def drawn_case(seed: int) -> Case:
         ]
         for b in range(2)
     ]  # fmt: skip
-    index = (tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, 0.4, causal)
-    return Case(q, k, v, index, sets, 0.4, softcap, window)
+    index = (tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, scale, causal)
+    return Case(q, k, v, index, sets, scale, softcap, window)
+
+
+def narrow_case(size: int, dtype: torch.dtype = torch.float32) -> tuple[Case, Tensor]:
+    """Heads narrower than what a kernel multiplies at once, under the scale of their own size; what comes out."""
+    case = drawn_case(7, size, size**-0.5)
+    case = replace(case, q=case.q.to(dtype), k=case.k.to(dtype), v=case.v.to(dtype))
+    expected = dense(case.q, case.k, case.v, case.sets, size**-0.5, case.softcap)
+    assert not torch.allclose(expected, dense(case.q, case.k, case.v, case.sets, 128**-0.5, case.softcap), atol=1e-2)
+    return case, expected

@@ -1,8 +1,8 @@
 """What holds of every sparse attention method: T1 to T16 of the cards' test matrix (methods, llm part 7).
 
-T9 and T12 are of methods that evict or page, except for permutations, which are here.  T14: kernels are given the
-scale, and the interpreter runs them on heads narrower than their tiles (tests/interpreter); T1 has odd sizes.  T15 for
-each op is in tests/kernels/test_every_op.py and tests/interpreter, for each method in test_sparse_traces.py, as is T16.
+T9 and T12 are of methods that evict or page, except for permutations, which are here.  T14 is in
+tests/kernels/test_block_sparse_attention.py and, for the kernel, tests/interpreter/test_attention.py.  T15 for each op
+is in tests/kernels/test_every_op.py and tests/interpreter, for each method in test_sparse_traces.py, as is T16.
 """
 
 from __future__ import annotations
@@ -135,9 +135,11 @@ def test_recall_is_at_most_that_of_the_best_keys(name: str, record_property: Any
     dense = weights(heads)
     best = dense.sort(-1, descending=True).values.cumsum(-1).gather(-1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
     got = recall(heads, mask)
-    assert (got <= best + 1e-9).all()
+    ratio = (got.mean() / best.mean()).item()
     record_property("recall", round(got.mean().item(), 4))
-    record_property("recall_of_best", round((got.mean() / best.mean()).item(), 4))
+    record_property("recall_of_best", round(ratio, 4))
+    most = (got / best).max().item()
+    assert most <= 1 + 1e-9, f"{name} finds {most:.6f} of what the best keys of a query hold, {ratio:.4f} on average"
 
 
 @every_index

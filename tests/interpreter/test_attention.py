@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from budgets import assert_within_budget, in_float64
+from index_cases import narrow_case
 
 import tamis.kernels  # noqa: F401  (registers the ops)
 from tamis.kernels.triton import block_sparse_attention, twin_of
@@ -180,3 +181,11 @@ def test_whole_tiles_and_rows_by_length(share, sink, local, order, causal, windo
         window,
     )
     compare("block_sparse_attention_with_lse", q, k, v, *index)
+
+
+@pytest.mark.parametrize("size", [80, 96])
+def test_heads_narrower_than_a_tile_keep_their_scale(size):
+    """T14 of the cards' tests: the kernel multiplies 128 columns."""
+    case, expected = narrow_case(size, torch.float16)
+    reference = OPS["block_sparse_attention"].reference(*case.args)
+    assert_within_budget(kernel("block_sparse_attention", *case.args), reference, expected)

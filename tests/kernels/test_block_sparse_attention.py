@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from index_cases import dense, drawn_case
+from index_cases import dense, drawn_case, narrow_case
 
 import tamis.kernels  # noqa: F401  (registers the ops)
 from tamis.op import OPS
@@ -29,6 +29,14 @@ def test_random_indices_equal_the_definition(seed: int, attend: Any) -> None:
     sums = attend(case.q, case.k, ones, *case.args[3:])
     read = torch.tensor([[[bool(some) for some in head] for head in row] for row in case.sets]).unsqueeze(-1)
     torch.testing.assert_close(sums, read.expand_as(sums).float(), rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("size", [80, 96])
+def test_heads_narrower_than_a_tile_keep_their_scale(size: int, attend: Any) -> None:
+    """T14 of the cards' tests on a CPU."""
+    case, expected = narrow_case(size)
+    torch.testing.assert_close(attend(*case.args).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @both
