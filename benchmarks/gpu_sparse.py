@@ -9,13 +9,14 @@ heads of a key head.  Times are medians of replays of a CUDA graph, so what read
 of_matrix_rate     FLOPs of the pairs read over the rate of a bfloat16 product of 8192 x 8192 matrices in the same run
 flex_over_ours     FlexAttention's time with the same block mask, over the kernel's
 of_dense_ideal     own dense kernel's time x density, over the kernel's
-choosing           the choice's time over the kernel's
+choosing           the choice's time over the kernel's; for `vertical-slash` and `hip` with their published budgets too
 break_even         the shortest of the lengths at which choice and kernel take less than torch's dense attention
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch.nn import functional as F
 
 import tamis
 from tamis.attention_index import Heads
-from tamis.passes import BlockSparse
+from tamis.passes import BlockSparse, HiP, VerticalSlash
+from tamis.passes.sparse import SparseAttention, arguments
 
 ops = torch.ops.tamis
 BLOCK = 128
@@ -42,29 +44,41 @@ def drawn(machine: Machine, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(machine.random(1, count, tokens, width) for count in (heads, key_heads, key_heads))  # type: ignore[return-value]
 
 
-def chooser(machine: Machine, density: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The choice of `block-sparse`, compiled: queries, keys, values -> tiles [1, Hk, R, T]."""
-    method = BlockSparse(density=density, block=sizes(machine)[3], share="kv")
+def heads_of(q: Tensor, k: Tensor, v: Tensor) -> Heads:
+    """What a method sees of them."""
+    return Heads(q, k, v, lengths=None, scale=q.shape[3] ** -0.5, causal=True, softcap=None, layer=0, layers=1)
 
-    def choose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = Heads(
-            queries=q, keys=k, values=v, lengths=None, scale=q.shape[3] ** -0.5, causal=True, softcap=None, layer=0,
-            layers=1,
-        )  # fmt: skip
-        tiles = method.index(heads).tiles
-        assert tiles is not None
-        return tiles
+
+Choice = tuple[Tensor, Tensor | None]  # tiles [1, Hk, R, T] and columns [1, Hk, R, C]
+Chooser = Callable[[Tensor, Tensor, Tensor], Choice]
+
+
+def block_sparse(machine: Machine, density: float) -> BlockSparse:
+    """The method of most rows."""
+    return BlockSparse(density=density, block=sizes(machine)[3], share="kv")
+
+
+def chooser(machine: Machine, method: SparseAttention) -> Chooser:
+    """A method's choice, compiled."""
+
+    def choose(q: Tensor, k: Tensor, v: Tensor) -> Choice:
+        index = method.index(heads_of(q, k, v))
+        assert index.tiles is not None
+        return index.tiles, index.columns
 
     return choose if machine.rehearse else torch.compile(choose, dynamic=False)
 
 
-def attend(machine: Machine, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor) -> Tensor:
-    """The op over these tiles."""
-    block = sizes(machine)[3]
-    scale = q.shape[3] ** -0.5
-    return ops.block_sparse_attention(
-        q, k, v, tiles, None, None, None, "kv", block, block, 0, 0, 0, 0, scale, True
-    )  # fmt: skip
+def attention(method: SparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Callable[[Choice], Tensor]:
+    """The op over what the method chose."""
+    few = min(q.shape[2], 256)  # all but the lists is the same for any length
+    index = method.index(heads_of(*(x[:, :, :few] for x in (q, k, v))))
+
+    def attend(choice: Choice) -> Tensor:
+        tiles, columns = choice
+        return ops.block_sparse_attention(*arguments(replace(index, tiles=tiles, columns=columns), heads_of(q, k, v)))
+
+    return attend
 
 
 def pairs(tiles: Tensor, block: int) -> int:
@@ -83,15 +97,17 @@ def kernels(machine: Machine) -> list[dict[str, Any]]:
 def _kernel(machine: Machine, tokens: int, density: float) -> dict[str, Any]:
     heads, key_heads, width, block = sizes(machine)
     q, k, v = drawn(machine, tokens)
-    choose = chooser(machine, density)
-    tiles = choose(q, k, v)
+    method = block_sparse(machine, density)
+    choose, attend = chooser(machine, method), attention(method, q, k, v)
+    chosen = choose(q, k, v)
+    tiles = chosen[0]
     read = pairs(tiles, block) * (heads // key_heads)
-    ours = machine.seconds(lambda: attend(machine, q, k, v, tiles))
+    ours = machine.seconds(lambda: attend(chosen))
     choosing = machine.seconds(lambda: choose(q, k, v))
     dense = machine.seconds(lambda: ops.attention(q, k, v, None, None, width**-0.5, True))
     sdpa = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     part = read / (heads * tokens * (tokens + 1) / 2)
-    flex = machine.seconds(flex_attention(machine, q, k, v, tiles))
+    flex = machine.seconds(flex_attention(machine, q, k, v, tiles, attend(chosen)))
     return {
         "row": "K8, K9, K10, K11",
         "shape": f"H={heads}/{key_heads} N={tokens} D={width} density {density}",
@@ -105,7 +121,9 @@ def _kernel(machine: Machine, tokens: int, density: float) -> dict[str, Any]:
     }
 
 
-def flex_attention(machine: Machine, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor) -> Callable[[], Any]:
+def flex_attention(
+    machine: Machine, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, expected: Tensor
+) -> Callable[[], Any]:
     """torch's FlexAttention with the same block mask, ready to be timed."""
     from torch.nn.attention import flex_attention as flex
 
@@ -136,7 +154,7 @@ def flex_attention(machine: Machine, q: Tensor, k: Tensor, v: Tensor, tiles: Ten
     def run() -> Any:
         return call(q, k, v, block_mask=mask, enable_gqa=True)
 
-    torch.testing.assert_close(run(), attend(machine, q, k, v, tiles), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(run(), expected, rtol=3e-2, atol=3e-2)
     return run
 
 
@@ -146,9 +164,10 @@ def break_even(machine: Machine) -> list[dict[str, Any]]:
     ratios = {}
     for tokens in lengths:
         q, k, v = drawn(machine, tokens)
-        choose = chooser(machine, 0.1)
+        method = block_sparse(machine, 0.1)
+        choose, attend = chooser(machine, method), attention(method, q, k, v)
         choose(q, k, v)
-        ours = machine.seconds(lambda: attend(machine, q, k, v, choose(q, k, v)))  # noqa: B023
+        ours = machine.seconds(lambda: attend(choose(q, k, v)))  # noqa: B023
         sdpa = machine.seconds(
             lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: B023
         )
@@ -182,9 +201,11 @@ def layer(machine: Machine) -> list[dict[str, Any]]:
         fast(ids), dense(ids)
         whole, ours = machine.seconds(lambda: dense(ids)), machine.seconds(lambda: fast(ids))
     q, k, v = drawn(machine, tokens)
-    attention = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
-    part = pairs(chooser(machine, 0.1)(q, k, v), block) / (key_heads * tokens * (tokens + 1) / 2)
-    ideal = whole / (whole - attention * (1 - part))
+    of_attention = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    part = pairs(chooser(machine, block_sparse(machine, 0.1))(q, k, v)[0], block) / (
+        key_heads * tokens * (tokens + 1) / 2
+    )
+    ideal = whole / (whole - of_attention * (1 - part))
     return [
         {
             "row": "M5",
@@ -196,5 +217,31 @@ def layer(machine: Machine) -> list[dict[str, Any]]:
     ]
 
 
+def choices(machine: Machine) -> list[dict[str, Any]]:
+    """K11 for methods whose lists are built by kernels of their own, with tiles of 64 queries."""
+    few = {"share": "kv", "block": 16}
+    small = [VerticalSlash(columns=4, slashes=9, sink=1, near=2, **few), HiP(4, 8, (8, 4), (16, 8), (2, 1), **few)]
+    methods = small if machine.rehearse else [VerticalSlash(share="kv"), HiP(share="kv")]
+    lengths = [96] if machine.rehearse else [32768, 131072]
+    return [_choice(machine, method, tokens) for method in methods for tokens in lengths]
+
+
+def _choice(machine: Machine, method: SparseAttention, tokens: int) -> dict[str, Any]:
+    heads, key_heads, width, _ = sizes(machine)
+    q, k, v = drawn(machine, tokens)
+    choose, attend = chooser(machine, method), attention(method, q, k, v)
+    chosen = choose(q, k, v)
+    choosing, attending = machine.seconds(lambda: choose(q, k, v)), machine.seconds(lambda: attend(chosen))
+    sdpa = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    return {
+        "row": "K11",
+        "shape": f"{method.name} H={heads}/{key_heads} N={tokens} D={width}",
+        "choosing_milliseconds": 1e3 * choosing,
+        "attending_milliseconds": 1e3 * attending,
+        "choosing": choosing / attending,
+        "sdpa_over_both": sdpa / (choosing + attending),
+    }
+
+
 if __name__ == "__main__":
-    main(__doc__, (kernels, break_even, layer))
+    main(__doc__, (kernels, break_even, layer, choices))
