@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 
 
@@ -14,3 +17,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What all tests would pay again and again: exports of reading torchlib, the collector of what libraries made."""
+    if "onnxscript" in sys.modules:
+        from quick_exports import share_torchlib
+
+        share_torchlib()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20)
