@@ -29,15 +29,25 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def median_ratio(action: Callable[[], Any], base: Callable[[], Any], rounds: int = 3) -> float:
-    """How much longer `action` takes than `base`, timed in turns; each once before, to warm up."""
+def median_ratio(action: Callable[[], Any], base: Callable[[], Any], limit: float) -> float:
+    """How much longer `action` takes than `base`, timed in turns; each once before, to warm up.
+
+    The median of three rounds, or of two on the same side of the limit, as a third could not change the answer.
+    """
+
+    def ratio() -> float:
+        before = seconds(base)
+        return seconds(action) / before
+
     logging.disable(logging.CRITICAL)  # pytest collects torch's debug lines, whose writing would be timed
     try:
         base(), action()
-        pairs = [(seconds(base), seconds(action)) for _ in range(rounds)]
+        ratios = [ratio(), ratio()]
+        if min(ratios) < limit <= max(ratios):
+            ratios.append(ratio())
     finally:
         logging.disable(logging.NOTSET)
-    return statistics.median(b for _, b in pairs) / statistics.median(a for a, _ in pairs)
+    return statistics.median(ratios)
 
 
 def test_twelve_dynamic_layers_rewrite_in_less_than_three_exports():
@@ -52,7 +62,7 @@ def test_twelve_dynamic_layers_rewrite_in_less_than_three_exports():
     def export() -> None:
         torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
 
-    assert median_ratio(lambda: pipeline.run(graph), export) < 3
+    assert median_ratio(lambda: pipeline.run(graph), export, 3) < 3
     assert all(outcome.applied for outcome in pipeline.run(graph).outcomes)
 
 
@@ -64,7 +74,7 @@ def test_capturing_and_rewriting_vit_base_takes_less_than_three_exports():
     def export() -> None:
         torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
 
-    assert median_ratio(lambda: pipeline.run(capture(model, (images,))), export) < 3
+    assert median_ratio(lambda: pipeline.run(capture(model, (images,))), export, 3) < 3
 
 
 def whole_ops(graph: TokenGraph) -> Counter[str]:

@@ -12,6 +12,8 @@ from decoders import DECODERS, captured, prompt
 
 import tamis
 from tamis.errors import InputMismatch
+from tamis.passes import ToMe
+from tamis.registry import registered_passes
 from tamis.runtime.check import check_model
 
 HEAVY = [pytest.param(name, marks=pytest.mark.full) for name in DECODERS if name != "gemma2"]
@@ -67,11 +69,20 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_check_describes_a_decoder() -> None:
-    answer = check_model(captured("gemma2")[1], ((), prompt(2, 12, "left")))
+    answer = check_model(captured("gemma2")[1], ((), prompt(2, 12, "left")), passes=[ToMe(r=1)])
     local, everywhere = answer["sites"]
     assert (local["heads"], local["soft cap"], local["rope"]) == ("4 / 2 x 16", 4.0, "yes")
     assert local["mask"] == "window 4 before, 0 after + causal + padding"
     assert everywhere["mask"] == "causal + padding"
-    tome = next(one for one in answer["passes"] if one["name"] == "tome")
+    (tome,) = answer["passes"]
     assert not tome["applies"]
     assert tome["reason"].startswith("attention is causal")
+
+
+@pytest.mark.full
+def test_check_tries_every_pass_on_a_decoder() -> None:
+    """Of an encoder tests/runtime/test_check.py asks the same at every change."""
+    answer = check_model(captured("gemma2")[1], ((), prompt(2, 12, "left")))
+    applies = {one["name"]: one["applies"] for one in answer["passes"]}
+    assert applies.keys() == set(registered_passes())
+    assert (applies["tome"], applies["a-shape"]) == (False, True)
