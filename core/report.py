@@ -145,7 +145,7 @@ class Report:
         if self.flops_ratio is None:
             return f"{self.name}: {passes}"
         before, after = flops_text(self.flops_before), flops_text(self.flops_after)
-        return f"{self.name}: {passes}; {before} -> {after} FLOPs ({self.flops_ratio:.2f}x fewer)"
+        return f"{self.name}: {passes}; {before} -> {after} FLOPs ({_compared(self.flops_ratio)})"
 
     def remarks(self) -> list[str]:
         """Drift, speed, skipped places and notes, one line each."""
@@ -207,6 +207,13 @@ def outcome_dict(outcome: Outcome) -> dict[str, Any]:
         "after": outcome.after if isinstance(outcome.after, int | None) else str(outcome.after),
         "inside": outcome.inside,
     }
+
+
+def _compared(ratio: float) -> str:
+    """`1.70x fewer`, `1.02x more`, or that both are alike to two places, for FLOPs before over FLOPs after."""
+    if round(ratio, 2) == 1 == round(1 / ratio, 2):
+        return "as many"
+    return f"{ratio:.2f}x fewer" if ratio > 1 else f"{1 / ratio:.2f}x more"
 
 
 def flops_text(flops: int | None) -> str:

@@ -181,6 +181,7 @@ def build(
 ) -> CompiledModel:
     """Rewrite a captured model, lower it, and report on it."""
     from ..capture.identity import weights_hash
+    from .reach import notes_on_reach
 
     graph, call = prepared.graph, prepared.call
     step(f"rewriting: {pipeline}")
@@ -191,6 +192,7 @@ def build(
         token_map=options.token_map,
         symbolic_counts=options.mode is not None,
     )
+    reach = notes_on_reach(graph, pipeline.passes, result.outcomes, call, allow_noop=options.allow_noop)
     target = _target(options.target, graph)
     if target.device != "cpu":
         from ..lowering.twins import require_kernels
@@ -212,7 +214,7 @@ def build(
         original=graph,
         call=call,
         recipe=recipe,
-        report=_report(prepared, result, recipe),
+        report=_report(prepared, result, recipe, reach),
         target=target,
         mode=options.mode,
         token_map=options.token_map,
@@ -227,7 +229,7 @@ def build(
     return compiled
 
 
-def _report(prepared: Prepared, result: Result, recipe: Recipe) -> Report:
+def _report(prepared: Prepared, result: Result, recipe: Recipe, reach: list[str]) -> Report:
     from .break_even import below_text
     from .ledger import ledger
 
@@ -245,7 +247,7 @@ def _report(prepared: Prepared, result: Result, recipe: Recipe) -> Report:
             {"index": s.index, "node": s.node, "role": s.role, "reason": s.reason or f"its role is {s.role}"}
             for s in skipped
         ),
-        notes=tuple(filter(None, (prepared.note, below_text(recipe.options.get("dense_below", 0))))),
+        notes=tuple(filter(None, (prepared.note, *reach, below_text(recipe.options.get("dense_below", 0))))),
         versions=recipe.versions,
     )
 
