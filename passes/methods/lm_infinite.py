@@ -105,7 +105,8 @@ class LMInfinite(TwoAngles):
     to the first: un-rotated keys, and queries as if `middle_at` away from them, for the choice and for the attention.
     Published is the one last token, from which the answer goes on, in layers of a range:
     `lm-infinite + lm-infinite:middle=5,layers=[5,6,7]`.  As the last tokens of a prompt they get more than as earlier
-    ones of a longer prompt.  More than a few of them takes memory, `last` * N for every head.
+    ones of a longer prompt.  More than a few of them takes memory, `last` * N for every head.  They are in no index, so
+    `attention_recall` does not count them.
 
     Args:
         sink: first tokens, read by all (published: 10 or 100).
