@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping
 from numbers import Integral
@@ -85,6 +86,18 @@ def check_flags(where: str, **values: Any) -> None:
         if not isinstance(value, bool):
             rule, hint = KINDS[bool], f"see help(tamis.{where})."
             raise BadParameter(where=where, name=name, rule=rule, got=brief(value), hint=hint)
+
+
+def path_text(where: str, path: Any) -> str:
+    """A path as text.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        hint = f"see help(tamis.{where})."
+        raise BadParameter(where=where, name="path", rule="text or a Path", got=brief(path), hint=hint)
+    return str(os.fspath(path))
 
 
 def keywords(where: str, given: Any) -> dict[str, Any]:

@@ -243,6 +243,9 @@ class Pipeline:
 
         Raises PassesExclude when two of them each need an original.  The other keywords are those of `Options`.
         """
+        if not isinstance(graph, TokenGraph):
+            hint = "tamis.capture.capture(model, args) makes one; tamis.compile takes the model itself."
+            raise BadParameter(where="Pipeline.run", name="graph", rule="a captured graph", got=brief(graph), hint=hint)
         options = Options(restore, token_map, symbolic_counts)
         outcomes: list[Outcome] = []
         maker: Pass | None = None  # the first pass that changed an original, where it takes nothing else

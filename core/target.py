@@ -38,7 +38,9 @@ class Target:
     @staticmethod
     def named(arch: str) -> Target:
         """Of an architecture's name alone (`sm_90`), or with its kind (`cuda:sm_90`); raises UnknownTarget."""
-        return Target.parse(arch if ":" in arch else f"{'rocm' if arch.startswith('gfx') else 'cuda'}:{arch}")
+        if isinstance(arch, str) and ":" not in arch:
+            arch = f"{'rocm' if arch.startswith('gfx') else 'cuda'}:{arch}"
+        return Target.parse(arch)
 
     def __str__(self) -> str:
         return f"{self.device}:{self.arch}" if self.arch else self.device

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from onnxscript import script
+from torch import Tensor
 
 from ..op import OnnxCall
 from .onnx_logits import GroupedLogits
 from .opset import STANDARD as op
 from .opset import TAMIS
+from .sparse_pairs import Pairs
+
+LISTS = ("rows", "width")  # numbers of an index, as attributes of a node
+NEAR = ("sink", "local", "first", "last")
 
 
 @script(TAMIS, default_opset=op)
@@ -172,29 +177,21 @@ def BlockSparseReceived(
     return op.Reshape(sums, op.Shape(q, start=0, end=3), allowzero=1)
 
 
-def of_index(
-    function: Any,
-    tensors: list[Any],
-    tiles: Any,
-    columns: Any,
-    positions: Any,
-    lengths: Any,
-    share: str,
-    rows: int,
-    width: int,
-    sink: int,
-    local: int,
-    first: int,
-    last: int,
-    scale: float,
-    causal: bool,
-    softcap: float | None = None,
-    window: int = 0,
-) -> OnnxCall:
+def of_index(function: Any, tensors: list[Any], *index: Any) -> OnnxCall:
     """The call of a function of this file: its tensors, then the index as the ops have it, -1 for what is None."""
-    none = tensors[0].new_full((1, 1, 1, 1), -1, dtype=torch.int32)
-    inputs = [*tensors, *(none if x is None else x for x in (tiles, columns))]
-    inputs.append(none.squeeze(0) if positions is None else positions)
-    numbers: dict[str, Any] = {"rows": rows, "width": width, "sink": sink, "local": local, "first": first, "last": last}
-    numbers |= {"scale": scale, "causal": int(causal), "softcap": softcap or 0.0, "window": window}
-    return OnnxCall(function, [*inputs, [-1] if lengths is None else lengths], numbers)
+    pairs, scale, softcap = Pairs.of(*index)
+    ends = [-1] if pairs.lengths is None else pairs.lengths
+    positions = no_list(tensors[0]).squeeze(0) if pairs.positions is None else pairs.positions
+    numbers = {name: getattr(pairs, name) for name in (*LISTS, *NEAR, "window")}
+    numbers |= {"scale": scale, "causal": int(pairs.causal), "softcap": softcap or 0.0}
+    return OnnxCall(function, [*tensors, *lists_of(tensors[0], pairs), positions, ends], numbers)
+
+
+def lists_of(q: Tensor, pairs: Pairs) -> list[Tensor]:
+    """Tiles and columns, each one unused entry where there are none."""
+    return [no_list(q) if x is None else x for x in (pairs.tiles, pairs.columns)]
+
+
+def no_list(q: Tensor) -> Tensor:
+    """One unused entry, [1, 1, 1, 1] int32."""
+    return q.new_full((1, 1, 1, 1), -1, dtype=torch.int32)

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..op import CONTRIB, OnnxCall
-from .onnx_block_sparse import ListedKeys
+from .onnx_block_sparse import LISTS, NEAR, ListedKeys, lists_of
 from .opset import STANDARD as op
 from .opset import TAMIS
+from .sparse_pairs import Pairs
 
 contrib = Opset(CONTRIB, 1)
 STEP = 8  # the operator takes head sizes that are multiples
@@ -199,41 +200,26 @@ def ListedAndNearAttention(
     )
 
 
-def grouped_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Tensor | None,
-    columns: Tensor | None,
-    positions: Tensor | None,
-    lengths: Tensor | None,
-    share: str,
-    rows: int,
-    width: int,
-    sink: int,
-    local: int,
-    first: int,
-    last: int,
-    scale: float,
-    causal: bool,
-    softcap: float | None = None,
-    window: int = 0,
-) -> OnnxCall | str:
-    """Calls one of the functions above; why none can be, as text."""
-    reason = why_not(q, v, scale) if positions is None else "its keys lie in another order, and causality goes by place"
-    whole = causal and 0 < window <= local  # every key that the window leaves is near
-    if window and not whole:
+def grouped_query(q: Tensor, k: Tensor, v: Tensor, *index: Any) -> OnnxCall | str:
+    """Calls one of the functions above, for block_sparse_attention's arguments; why none can be, as text."""
+    pairs, scale, softcap = Pairs.of(*index)
+    moved = "its keys lie in another order, and causality goes by place"
+    reason = why_not(q, v, scale) if pairs.positions is None else moved
+    whole = pairs.causal and 0 < pairs.window <= pairs.local  # every key that the window leaves is near
+    if pairs.window and not whole:
         reason = reason or "the model has a window of its own besides the index"
     if reason:
         return reason
     sizes = _sizes(q, k, scale, softcap)
-    ends = [-1] if lengths is None else lengths
-    if whole or (causal and local and tiles is None and columns is None and not (sink or first or last)):
-        return OnnxCall(CausalAttention, [q, k, v, ends], {**sizes, "window": window or local})
-    none = q.new_full((1, 1, 1, 1), -1, dtype=torch.int32)
-    given = [q, k, v, *(none if x is None else x for x in (tiles, columns)), ends]
-    sizes |= {"rows": rows, "width": width, "causal": int(causal), "hidden": _hidden(q)}
-    near = {"sink": sink, "local": local, "first": first, "last": last}
+    near = {name: getattr(pairs, name) for name in NEAR}
+    ends = [-1] if pairs.lengths is None else pairs.lengths
+    listed = pairs.tiles is not None or pairs.columns is not None
+    alone = pairs.causal and pairs.local and not (listed or pairs.sink or pairs.first or pairs.last)
+    if whole or alone:
+        return OnnxCall(CausalAttention, [q, k, v, ends], {**sizes, "window": pairs.window or pairs.local})
+    sizes |= {name: getattr(pairs, name) for name in LISTS}
+    sizes |= {"causal": int(pairs.causal), "hidden": _hidden(q)}
+    given = [q, k, v, *lists_of(q, pairs), ends]
     if any(near.values()):
         return OnnxCall(ListedAndNearAttention, given, {**sizes, **near})
     return OnnxCall(ListedAttention, given, sizes)

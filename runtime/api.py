@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ExampleInputsMissing, TamisError
 from ..graph import TokenGraph
-from ..parameters import check_flags
+from ..parameters import check_flags, path_text
 from ..recipe_errors import WrongSourceModel
 from ..report import Report, outcome_dict
 from ..rewrite import Pipeline, Result
@@ -105,12 +105,13 @@ def load(
     from ..capture.paths import check_exists
     from .package import load_package
 
-    if os.fspath(path).endswith(".onnx"):
+    path = path_text("load", path)
+    if path.endswith(".onnx"):
         from .onnx_model import OnnxModel
 
-        check_exists(os.fspath(path))
-        return OnnxModel(os.fspath(path), device)
-    return load_package(os.fspath(path), trusted=trusted)
+        check_exists(path)
+        return OnnxModel(path, device)
+    return load_package(path, trusted=trusted)
 
 
 @dataclass(frozen=True)

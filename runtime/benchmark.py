@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from ..parameters import check_whole
 from ..report import Benchmark
 
 MIN_ROUND_SECONDS = 0.05  # below this a clock tick and a context switch are part of the result
@@ -39,11 +40,12 @@ def benchmark(
         device: where both run; CUDA is synchronised around each round.
         mode: by what both are run, for the line it prints.
     """
+    check_whole("CompiledModel.benchmark", 1, repeats=repeats)
     device = torch.device(device)
     calls = _calls_per_round(original, device)
     _calls_per_round(result, device)
     a, b = [], []
-    for _ in range(max(1, repeats) + 1):
+    for _ in range(repeats + 1):
         a.append(_seconds(original, calls, device))
         b.append(_seconds(result, calls, device))
     a, b = a[1:], b[1:]  # a compiler may still specialise in the first round

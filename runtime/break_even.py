@@ -16,6 +16,7 @@ from ..graph import TokenGraph
 from ..report import Benchmark
 from .inputs import Call, at_length, input_nodes
 from .ledger import stream_length, stream_size
+from .recall import check_fits
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
@@ -69,6 +70,7 @@ def find_break_even(
     """
     _check(model, lengths, repeats)
     original, call = model._original("find_break_even"), model._call(args, kwargs)
+    check_fits("find_break_even", original, call)
     size = stream_size(original)
     if not isinstance(size, torch.SymInt):
         hint = "give an attention mask or dynamic_shapes, so that the length is dynamic."

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputMismatch, OriginalMissing, UnknownOutputFormat
+from ..error_text import brief
+from ..errors import BadParameter, InputMismatch, OriginalMissing
 from ..graph import TokenGraph
 from ..report import Benchmark, Drift, Report
 from ..target import Target
+from .files import named
 from .guard import Guard
 from .inputs import Call, Inputs, called, describe, mask_of, misfit
 from .positions import Tables
@@ -186,9 +188,9 @@ class CompiledModel(nn.Module):
         """
         from .package import export_checked
 
-        _check_suffix(path, ".onnx")
+        path = named("CompiledModel.export", path, ".onnx")
         options = {"inline": inline, "ort_contrib": ort_contrib, "overwrite": overwrite}
-        return export_checked(self, os.fspath(path), check=check, **options)
+        return export_checked(self, path, check=check, **options)
 
     def save(self, path: str | os.PathLike[str], *, native: bool = False, overwrite: bool = False) -> str:
         """Write the rewritten program, its recipe and its report to a `.pt2` file for `tamis.load`.  Returns the path.
@@ -205,10 +207,10 @@ class CompiledModel(nn.Module):
         from .native import save_native
         from .package import save_package
 
-        _check_suffix(path, ".pt2")
+        path = named("CompiledModel.save", path, ".pt2")
         if native:
-            return save_native(self, os.fspath(path), overwrite=overwrite)
-        return save_package(self, os.fspath(path), overwrite=overwrite)
+            return save_native(self, path, overwrite=overwrite)
+        return save_package(self, path, overwrite=overwrite)
 
     def draw(
         self, path: str | os.PathLike[str], *args: Any, row: int = 0, overwrite: bool = False, **kwargs: Any
@@ -247,6 +249,9 @@ class CompiledModel(nn.Module):
 
     def with_original(self, original: TokenGraph | None) -> CompiledModel:
         """This model with an original to verify against and to time (a loaded one has none); changes it in place."""
+        if not isinstance(original, TokenGraph | None):
+            rule, hint = "a captured graph", "tamis.capture.capture(model, args) makes one."
+            raise BadParameter(where="with_original", name="original", rule=rule, got=brief(original), hint=hint)
         self.original = original
         self._callables.pop("original", None)
         self.guard = Guard.again(self)
@@ -313,8 +318,3 @@ class CompiledModel(nn.Module):
 
 def _shapes(original: TokenGraph, call: Call) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in describe(original.program, call).items())
-
-
-def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:
-    if not os.fspath(path).endswith(suffix):
-        raise UnknownOutputFormat(path=os.fspath(path))

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..call_errors import UnreadableData
-from ..error_text import brief
+from ..error_text import brief, first_line
 from ..errors import BadParameter, InputMismatch, ModelNotFound
 from .inputs import Call, Inputs, input_nodes
 
@@ -37,7 +37,10 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
         loaded = np.load(path, allow_pickle=False)
         return {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
     except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise UnreadableData(path=path, reason=str(error).split("\n")[0].rstrip(".")) from error
+        reason = first_line(error).rstrip(".")
+        if "pickled (object) data" in reason:  # what NumPy takes any file for that is none of its own
+            reason = "it is no .npz or .npy file, or holds Python objects, which would need pickle"
+        raise UnreadableData(path=path, reason=reason) from error
 
 
 def calls_of(program: ExportedProgram, call: Call, path: str | Path, rows: int = ROWS_PER_CALL) -> Iterator[Call]:

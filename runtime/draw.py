@@ -70,7 +70,7 @@ def _image(model: CompiledModel, call: Call, row: int) -> Tensor:
     if len(found) != 1:
         reason = f"{len(found) or 'none'} of its inputs {'is an image' if len(found) < 2 else 'are images'}"
         _refuse(model, f"{reason} [batch, 1 or 3, height, width]", "pictures are for models of one image.")
-    if not -found[0].shape[0] <= row < found[0].shape[0]:
+    if isinstance(row, bool) or not isinstance(row, int) or not -found[0].shape[0] <= row < found[0].shape[0]:
         _refuse(model, f"there is no row {row} among {found[0].shape[0]}", "rows count from 0.")
     image = found[0][row].detach().float().cpu()
     low, high = (torch.quantile(image.flatten(), share) for share in (0.005, 0.995))

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputExists, OutputNotWritable, UnknownOutputFormat
+from ..parameters import path_text
 
 DIRECTORY_FILES = ("model.onnx", "model.onnx.data", "model.pt2", "recipe.yaml", "report.json", "kernels.json")
 # Files beside a model without which it cannot be used: configuration, tokenizer, preprocessor.
@@ -71,6 +73,14 @@ def kind_of(text: str) -> str | None:
     if text.endswith(("/", os.sep)) or path.is_dir():
         return "directory"
     return path.suffix[1:] if path.suffix in (".onnx", ".pt2") else None
+
+
+def named(where: str, path: Any, suffix: str) -> str:
+    """A path as text; raises BadParameter where it is none, and UnknownOutputFormat where it ends in another suffix."""
+    text = path_text(where, path)
+    if not text.endswith(suffix):
+        raise UnknownOutputFormat(path=text)
+    return text
 
 
 def stem_of(source: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from ..error_text import brief
 from ..errors import BadParameter, CorruptModel, ModelNotFound
 from ..graph import TokenGraph
+from ..parameters import path_text
 from ..recipe_errors import PlainProgram, RecipeInvalid, WrongSourceModel
 from ..weight_errors import WeightsChanged
 from .embedded import read_extra, recipe_in_onnx
@@ -141,7 +142,7 @@ class Recipe:
             ModelNotFound: there is no such file.
             RecipeInvalid: it holds no recipe.
         """
-        path = Path(path)
+        path = Path(path_text("Recipe.read", path))
         path = path / "recipe.yaml" if path.is_dir() else path
         if not path.is_file():
             hint = "give the path of a recipe.yaml, or of an .onnx or .pt2 file that tamis made."

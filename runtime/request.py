@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..call_errors import UnreadableData
 from ..errors import ModelNotFound, WrongUsage
 from ..recipe_errors import PluginMissing
 from ..target import Target
@@ -86,6 +87,8 @@ class Request:
         check_plugins(self.plugins)
         check_exists(self.model)
         for option, data in (("--verify", self.verify), ("--calibrate", self.calibrate)):
+            if data and Path(data).is_dir():
+                raise UnreadableData(path=data, reason="it is a directory")
             if data and not Path(data).is_file():
                 hint = f"{option} takes a .npz file with one array per input, or a .npy file."
                 raise ModelNotFound(path=data, hint=hint)

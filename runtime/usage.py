@@ -49,6 +49,8 @@ def _problems(options: Namespace) -> Iterator[tuple[str, str]]:
 
 
 def _of_the_file(options: Namespace) -> Iterator[tuple[str, str]]:
+    if options.output == "":
+        yield "--output is empty", "-o model.onnx, or -o . for this directory."
     kind = kind_of(options.output) if options.output else "onnx"
     if options.native and kind != "pt2":
         yield "--native makes a .pt2 file, and none is to be written", "-o model.pt2"

@@ -33,7 +33,7 @@ def arguments(qkv: list[Tensor], **said: Any) -> dict[str, Any]:
 
 def held(name: str, **given: Any) -> Tensor:
     """What the form of this name answers, which is what the reference does."""
-    call = OP.contrib(**given)
+    call = OP.contrib(*given.values())
     assert isinstance(call, OnnxCall), call
     assert call.name == name
     expected = OP.reference(**given)
@@ -77,18 +77,18 @@ def test_parts_that_no_list_names(part: str, causal: bool) -> None:
 def test_half_precision() -> None:
     given = arguments(heads(dtype=torch.float16), local=4)
     expected = OP.reference(**given)
-    (got,) = run_call(OP.contrib(**given), [expected])
+    (got,) = run_call(OP.contrib(*given.values()), [expected])
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_what_has_no_form_says_why() -> None:
-    assert "multiples of 8, and this is 12" in OP.contrib(**arguments(heads(12), local=4))
-    assert "no CPU kernel for bfloat16" in OP.contrib(**arguments(heads(dtype=torch.bfloat16), local=4))
+    assert "multiples of 8, and this is 12" in OP.contrib(*arguments(heads(12), local=4).values())
+    assert "no CPU kernel for bfloat16" in OP.contrib(*arguments(heads(dtype=torch.bfloat16), local=4).values())
     q, k, _ = heads()
-    assert "of one size, and these are 8 and 16" in OP.contrib(**arguments([q, k, heads(16)[2]], local=4))
-    assert "scale of 0" in OP.contrib(**arguments(heads(), local=4, scale=0.0))
+    assert "of one size, and these are 8 and 16" in OP.contrib(*arguments([q, k, heads(16)[2]], local=4).values())
+    assert "scale of 0" in OP.contrib(*arguments(heads(), local=4, scale=0.0).values())
     order = torch.arange(21).expand(2, 2, -1)
-    assert "in another order" in OP.contrib(**arguments(heads(), local=4, positions=order))
+    assert "in another order" in OP.contrib(*arguments(heads(), local=4, positions=order).values())
 
 
 def dense(call: OnnxCall | str, name: str, q: Tensor, k: Tensor, v: Tensor, **said: Any) -> Tensor:

@@ -67,6 +67,7 @@ def test_help_documents_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         (["a", "--check", "-o", "x.onnx"], "error: --check and --output exclude each other.\n  hint: --check makes no"),
         (["a", "--check", "--bench"], "error: --check and --bench exclude each other.\n"),
         (["a", "--check", "--max-drift", "0"], "error: --check and --max-drift exclude each other.\n"),
+        (["a", "-o", ""], "error: --output is empty.\n  hint: -o model.onnx, or -o . for this directory.\n"),
         (["a", "--native"], "error: --native makes a .pt2 file, and none is to be written.\n  hint: -o model.pt2\n"),
         (
             ["a", "--ort-contrib", "-o", "x.pt2"],

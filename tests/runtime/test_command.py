@@ -218,6 +218,15 @@ def test_data_that_is_cut_short(capsys: pytest.CaptureFixture[str], workplace: P
     assert "hint: write it with numpy.savez" in err
 
 
+def test_data_that_is_no_array_file(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    Path("data.npy").write_text("some text")
+    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data.npy")
+    assert (code, "data.npy: cannot be read as NumPy arrays: it is no .npz or .npy file" in err) == (2, True), err
+    Path("data").mkdir()
+    code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data")
+    assert (code, "data: cannot be read as NumPy arrays: it is a directory" in err) == (2, True), err
+
+
 def test_data_that_needs_pickle(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
     np.save("data.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     code, _, err = run(capsys, "toy.pt2", "--pass", "scale", "-o", "x.pt2", "--verify", "data.npy")

@@ -177,6 +177,26 @@ def test_arguments_of_the_wrong_kind(given: dict[str, Any], error: type[TamisErr
     assert said in str(caught.value)
 
 
+def test_a_path_that_is_none(fast: CompiledModel) -> None:
+    calls = {"load": tamis.load, "CompiledModel.export": fast.export, "CompiledModel.save": fast.save}
+    for where, call in {**calls, "Recipe.read": tamis.Recipe.read}.items():
+        with pytest.raises(BadParameter) as caught:
+            call(3)  # type: ignore[operator]
+        assert str(caught.value) == f"{where}: path must be text or a Path, got 3.\n  hint: see help(tamis.{where})."
+
+
+def test_other_arguments_of_a_result(fast: CompiledModel) -> None:
+    for repeats in (0, -1, 1.5, None):
+        with pytest.raises(BadParameter, match="repeats must be a whole number, 1 or more, got"):
+            fast.benchmark(repeats=repeats)  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match="original must be a captured graph, got 3"):
+        fast.with_original(3)  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match="graph must be a captured graph, got a CompiledModel"):
+        Pipeline.parse("tome:r=1").run(fast)  # type: ignore[arg-type]
+    with pytest.raises(UnknownTarget, match="unknown target 3"):
+        fast.write_kernels("out", 3)  # type: ignore[arg-type]
+
+
 def test_a_program_has_its_own_shapes(fast: CompiledModel) -> None:
     with pytest.raises(BadParameter, match="dynamic_shapes must be left out with an exported program, got None"):
         tamis.compile(fast.graph.program, passes="tome:r=3", dynamic_shapes=None)
