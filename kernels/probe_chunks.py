@@ -17,7 +17,7 @@ window   int                          keys so many tokens before a query, and mo
                                       of float32 where all met are hidden, or there is no chunk
 
 A query multiplies with keys up to itself that no window hides.  Ties: the left half.  Takes memory for two keys of each
-chunk.  Raises nothing of its own.
+chunk; its kernel takes none.  Raises nothing of its own.
 Source: methods (llm) 1.9 b (Lee et al., "InfiniteHiP", arXiv 2502.08910); 0.2, rules 4, 5 and 7.
 """
 

@@ -35,8 +35,8 @@ class HiP(SparseAttention):
     the first tokens, so none is found twice; a key that a query may not see is no candidate of that query; choices
     are made anew in every layer.
 
-    Takes memory for two keys of each chunk, row and choice at once: with the published stages about tokens * tokens
-    / 8192 keys of each head in the first stage, and 32 * tokens in the second and third.
+    Without a GPU's kernel, takes memory for two keys of each chunk, row and choice at once: with the published stages
+    about tokens * tokens / 8192 keys of each head in the first stage, and 32 * tokens in the second and third.
 
     Args:
         sink: first tokens, read by all.
