@@ -26,6 +26,7 @@ class AttentionIndex:
 
     tiles    [B, S, R, T]  int32  first key of tiles `width` keys wide, anywhere but not overlapping; -1: unused
     columns  [B, S, R, C]  int32  single keys outside the tiles; -1: unused
+    aligned  whether every tile starts at a multiple of `width`; compiled for a CPU, such tiles are read in place
     share    who has a list of its own: "layer" (S = 1), "kv" (S = key heads), "query" (S = query heads)
     permutation    [B, Hk, N]  int32 or int64  the token whose key is put at each place; None: keys stay in order
     """
@@ -40,6 +41,7 @@ class AttentionIndex:
     first: int = 0
     last: int = 0
     permutation: Tensor | None = None
+    aligned: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ scale    float
 causal   bool
 softcap  float            cap(x) = softcap * tanh(x / softcap); None: cap(x) = x
 window   int              keys farther away are read by nobody, whatever names them; 0: there is no window
+aligned  bool             every tile starts at a multiple of `width`, which some CPU kernels need to know beforehand
 ->       [B, H, N, D] as q, a view of [B, N, H, D]; 0 for a query with nothing to read, such as padding
 
 A key that several parts name is read once.  Keys are gathered row by row, so memory and time go with R * (sink + local
@@ -42,42 +43,24 @@ import torch
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
+from .block_sparse_flex import compiled
 from .block_sparse_rows import attend_rows
 from .check_index import asked_for, check_index
 from .gathered_attention import attended, with_dense
 from .onnx_block_sparse import BlockSparseAttention, of_index
 from .onnx_grouped_query import grouped_query
-from .sparse_pairs import MaybeTensor, Pairs
+from .sparse_pairs import Pairs
 
 INDEX_SCHEMA = (
     "Tensor? tiles, Tensor? columns, Tensor? positions, Tensor? lengths, str share, int rows, int width, int sink, "
     "int local, int first, int last, float scale, bool causal, float? softcap=None, "
-    "int window=0"
+    "int window=0, bool aligned=False"
 )
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: MaybeTensor,
-    columns: MaybeTensor,
-    positions: MaybeTensor,
-    lengths: MaybeTensor,
-    share: str,
-    rows: int,
-    width: int,
-    sink: int,
-    local: int,
-    first: int,
-    last: int,
-    scale: float,
-    causal: bool,
-    softcap: float | None = None,
-    window: int = 0,
-) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """See the module."""
-    index = Pairs(tiles, columns, positions, lengths, share, rows, width, sink, local, first, last, causal, window)
+    index, scale, softcap = Pairs.of(*rest)
     return attended(q, k, v, index, scale, softcap)[0]
 
 
@@ -149,6 +132,7 @@ BLOCK_SPARSE_ATTENTION = define_op(
         schema=f"(Tensor q, Tensor k, Tensor v, {INDEX_SCHEMA}) -> Tensor",
         reference=reference,
         on_cpu=on_cpu,
+        compiled_on_cpu=compiled,
         fake=fake,
         onnx=onnx,
         contrib=grouped_query,

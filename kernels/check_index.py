@@ -22,11 +22,11 @@ def asked_for() -> bool:
 def check_index(index: Pairs, tokens: int, heads: int, key_heads: int, *, part: bool = False) -> None:
     """Check the values of an index for `tokens` queries and keys.
 
-    Lists have a row for every `rows` queries and one set for each who shares; tiles are ascending, do not overlap, and
-    come before unused entries; columns are ascending, unused entries anywhere among them; all begin inside the
-    sequence, and where attention is causal and keys lie in order before the row ends; no column is in a tile;
-    `positions` name every token once; every real token reads some key, unless the index is but a `part` of what is
-    read.
+    Lists have a row for every `rows` queries and one set for each who shares; tiles are ascending, do not overlap, come
+    before unused entries, and where `aligned` begin at multiples of their width; columns are ascending, unused entries
+    anywhere among them; all begin inside the sequence, and where attention is causal and keys lie in order before the
+    row ends; no column is in a tile; `positions` name every token once; every real token reads some key, unless the
+    index is but a `part` of what is read.
 
     Raises:
         IndexBroken: the first rule that does not hold, and where.
@@ -58,6 +58,8 @@ def _check_lists(index: Pairs, name: str, lists: Tensor, width: int, sets: int, 
     _expect((lists >= -1) & (lists < tokens), f"{name} begin at places 0 to {tokens - 1}, unused ones at -1", lists)
     if name == "tiles":
         _expect(used[..., :-1] | ~used[..., 1:], "unused tiles come last", lists)
+        if index.aligned:
+            _expect(~used | (lists % width == 0), f"aligned tiles begin at multiples of {width}", lists)
     apart = lists[..., 1:] - lists.cummax(-1).values[..., :-1] >= width
     _expect(apart | ~used[..., 1:], f"{name} of a row are ascending and {width} or more apart", lists)
     if index.causal and index.positions is None:

@@ -6,7 +6,7 @@ tokens that read everything.  Definition: block_sparse_attention's docstring.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,14 +32,14 @@ class Pairs:
     last: int
     causal: bool
     window: int = 0
+    aligned: bool = False
 
     @staticmethod
     def of(*arguments: Any) -> tuple[Pairs, float, float | None]:
         """Of block_sparse_attention's arguments behind q, k and v; with the scale and the soft cap."""
-        given = (*arguments, *(None, 0)[len(arguments) - len(fields(Pairs)) :])
-        *who, scale, causal, softcap, window = given
-        named = [one.name for one in fields(Pairs)]
-        return Pairs(**dict(zip(named, (*who, causal, window), strict=True))), scale, softcap
+        who, numbers = arguments[:11], arguments[11:]
+        scale, causal, softcap, window, aligned = (*numbers, *(None, 0, False)[len(numbers) - 2 :])
+        return Pairs(*who, causal, window, aligned), scale, softcap
 
     def sets(self, heads: int, key_heads: int) -> int:
         """How many heads have keys of their own: 1 where all share a list and the order of keys in memory."""

@@ -19,7 +19,7 @@ from ..errors import InputMismatch
 from ..kernels.symbols import lengths_written_out
 from ..target import Target
 from .gpu import for_gpu
-from .inline import CALLED, inline_ops
+from .inline import CALLED, inline_ops, place_compiled
 from .live_counts import dummy_inputs, lift_counts
 
 
@@ -70,6 +70,8 @@ class InductorModule(nn.Module):
         called = CALLED if self.on_gpu is None else ()
         module = inline_ops(program, counts=False, called=called).module(check_guards=False)
         module.graph.set_codegen(fx.graph.CodeGen())  # flat inputs and outputs
+        if self.on_gpu is None:
+            place_compiled(module.graph)
         self.live_counts = lift_counts(module.graph)
         self.inner = fx.GraphModule(module, module.graph)
         self.compiled = torch.compile(self.inner, fullgraph=True, mode=None if mode == "default" else mode)

@@ -77,6 +77,14 @@ def inline_nodes(graph: fx.Graph, kept: Collection[str]) -> None:
             splicer.splice(node, op.reference)
 
 
+def place_compiled(graph: fx.Graph) -> None:
+    """Let nodes of ops with a form for `torch.compile` on a CPU call that form, in place: Python, traced once more."""
+    for node in graph.nodes:
+        op = op_of(node)
+        if op is not None and op.compiled_on_cpu is not None:
+            node.target = op.compiled_on_cpu
+
+
 def _inline_count(node: fx.Node, splicer: Splicer) -> None:
     """Integer arithmetic whose result keeps the symbol the count had: expressions of counts must not nest."""
     kept = {key: node.meta[key] for key in ("val", "unbacked_bindings") if key in node.meta}

@@ -40,8 +40,8 @@ def arguments(index: AttentionIndex, heads: Heads) -> list[Any]:
     keys, values = (permuted(x, index.permutation) for x in (heads.keys, heads.values))
     lists = [index.tiles, index.columns, index.permutation, heads.lengths, index.share]
     numbers = [index.rows, index.width, index.sink, index.local, index.first, index.last]
-    window = [heads.window] if heads.window else []
-    return [heads.queries, keys, values, *lists, *numbers, heads.scale, heads.causal, heads.softcap, *window]
+    rest = [heads.window, index.aligned] if heads.window or index.aligned else []
+    return [heads.queries, keys, values, *lists, *numbers, heads.scale, heads.causal, heads.softcap, *rest]
 
 
 def permuted(x: Tensor, order: Tensor | None) -> Tensor:

@@ -82,7 +82,7 @@ class TileMethod(SparseAttention):
         tiles = torch.ops.tamis.pick_tiles(
             scores, heads.lengths, self.block, heads.causal, sink, self.diagonal, self.keep, self.mass
         )
-        return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, share=self.share)
+        return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, share=self.share, aligned=True)
 
 
 @register("block-sparse")

@@ -103,4 +103,5 @@ class BigBird(SparseAttention):
         tiles = torch.ops.tamis.pick_tiles(
             scores, heads.lengths, self.block, heads.causal, not heads.window, True, [0, 5 + self.random, 1], 1.0
         )
-        return AttentionIndex(rows=self.block, width=self.block, tiles=tiles, first=self.block, last=self.block)
+        size = self.block
+        return AttentionIndex(rows=size, width=size, tiles=tiles, first=size, last=size, aligned=True)
