@@ -6,14 +6,15 @@
         --json FILE --docs                    # measures nothing, renders FILE's table into docs/sparse.md
 
 One prompt, the heads of Llama 3 8B (32 query heads, 8 key heads of 128), random numbers, float32, one thread.  Sparse
-is the pass `block-sparse` with share="kv", compiled by Inductor as `mode="default"` does it: the choice compiled, the
-attention called.  Dense is `scaled_dot_product_attention(is_causal=True, enable_gqa=True)`.  They take turns; a ratio
-is of the medians of CPU seconds.
+is the pass `block-sparse` with share="kv", lowered as by `mode="default"`.  Dense is
+`scaled_dot_product_attention(is_causal=True, enable_gqa=True)`.  They take turns; a ratio is of the medians of CPU
+seconds.
 
 asked      part of the causal pairs; the pass's `density` is set so that its rows, rounded up, read at most that much
 read       (query, key) pairs in the tiles it reads, of those in all causal tiles
 of dense   CPU time, choosing and attention, over dense attention's
 choosing   the choice alone, over dense attention's time
+eager      the same without Inductor, where rows of queries copy their keys, over dense attention's time
 gathered   the form that AOTInductor gets, with the keys of all rows gathered first, over dense attention's time
 """
 
@@ -32,12 +33,14 @@ from typing import Any
 import torch
 from speed.cost_tables import sparse_attention as table
 from speed.table import fill
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tamis.attention_index import Heads
+from tamis.lowering.callables import lower
 from tamis.op import OPS
 from tamis.passes import BlockSparse
+from tamis.target import Target
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sparse.md"
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
@@ -68,6 +71,18 @@ def asked_for(density: float, tiles: int) -> float:
     return next((step for step in steps if read(step, tiles) <= density), density / 100)
 
 
+class Layer(nn.Module):
+    """The method's attention of one layer."""
+
+    def __init__(self, method: BlockSparse) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[1, heads, N, size]."""
+        return self.method.attend(heads(q, k, v))
+
+
 def variants(method: BlockSparse) -> dict[str, Call]:
     """What is timed."""
 
@@ -76,9 +91,13 @@ def variants(method: BlockSparse) -> dict[str, Call]:
         parts = (tiles, None, None, None, "kv", method.block, method.block, 0, 0, 0, 0, SIZE**-0.5, True)
         return OPS["block_sparse_attention"].reference(q, k, v, *parts)
 
+    example = tuple(torch.zeros(1, count, 2 * method.block, SIZE) for count in (HEADS, KEY_HEADS, KEY_HEADS))
+    length = torch.export.Dim("length", min=method.block + 1)
+    program = torch.export.export(Layer(method), example, dynamic_shapes=[{2: length}] * 3)
     return {
         "dense": dense,
-        "sparse": torch.compile(lambda q, k, v: method.attend(heads(q, k, v)), dynamic=False),
+        "sparse": lower(program, Target.parse("cpu"), "default"),
+        "eager": lower(program, Target.parse("cpu")),
         "choosing": torch.compile(lambda q, k, v: method.index(heads(q, k, v)).tiles, dynamic=False),
         "gathered": gathered,
     }

@@ -52,9 +52,13 @@ def why_not(q: Tensor, index: Pairs) -> str:
     return ""
 
 
+@torch.compiler.nested_compile_region
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, softcap: float | None) -> Tensor:
-    """The attention, but for the index's `first` and `last` tokens."""
-    batch, heads, tokens = q.shape[:3]
+    """The attention, but for the index's `first` and `last` tokens.
+
+    A region of its own, which Inductor compiles once for all layers that are alike: its C++ takes seconds.
+    """
+    tokens = q.shape[2]
     width = index.rows if index.tiles is None else index.width
     part, whole = visited(index, tokens, width)
 
@@ -69,8 +73,8 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, s
         return seen & (i - j < index.window) & (j - i < index.window) if index.window else seen
 
     mask = BlockMask.from_kv_blocks(
-        *_lists(part, batch, heads),
-        *_lists(whole, batch, heads),
+        *_lists(part),
+        *_lists(whole),
         BLOCK_SIZE=(index.rows, width),
         mask_mod=reads,
         seq_lengths=(tokens, tokens),
@@ -86,16 +90,16 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, s
 def visited(index: Pairs, tokens: Any, width: int) -> tuple[Tensor, Tensor]:
     """[b, s, R, C] bool: blocks of which queries of a row read some keys, and blocks that all of them read whole."""
     first = torch.arange((tokens + index.rows - 1) // index.rows).unsqueeze(1) * index.rows
-    last = first + index.rows - 1
+    last = torch.clamp(first + index.rows, max=tokens) - 1
     low = torch.arange((tokens + width - 1) // width) * width
     high = torch.clamp(low + width, max=tokens) - 1
     if index.tiles is not None:
         some = every = _listed(index.tiles.to(torch.int64), width, low.shape[0])
     else:
-        near = (first - high < index.local) & (low - last < index.local)
-        some = ((low < index.sink) | near)[None, None]
-        near = (last - low < index.local) & (high - first < index.local)
-        every = ((high < index.sink) | near)[None, None]
+        some, every = (((x < index.sink) & (first >= 0))[None, None] for x in (low, high))
+        if index.local:
+            some = some | ((first - high < index.local) & (low - last < index.local))
+            every = every | ((last - low < index.local) & (high - first < index.local))
     if index.causal:
         some, every = some & (low <= last), every & (high <= first)
     if index.window:
@@ -111,9 +115,7 @@ def _listed(tiles: Tensor, width: int, blocks: Any) -> Tensor:
     return flags.scatter(3, at, torch.ones_like(at, dtype=torch.bool))[..., :-1]
 
 
-def _lists(flags: Tensor, batch: Any, heads: int) -> tuple[Tensor, Tensor]:
-    """How many [B, H, R] of flags [b, s, R, C] are set, and which: [B, H, R, C], the set ones first."""
-    order = flags.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
-    count = flags.sum(-1, dtype=torch.int32)
-    each = heads // flags.shape[1]
-    return tuple(x.repeat_interleave(each, 1).expand(batch, heads, *x.shape[2:]).contiguous() for x in (count, order))
+def _lists(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """How many [b, s, R] of flags [b, s, R, C] are set, and which: [b, s, R, C], the set ones first."""
+    order = flags.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+    return flags.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -1,7 +1,8 @@
 """`lower`: a program as something to call: eager, or compiled by Inductor.
 
 Inductor sees every count and every dynamic dimension as a symbol of its own, so that one set of kernels serves all
-layers and all batches.  A first call at sizes of 0 or 1 and the first of any other may each compile.
+layers and all batches.  A first call at sizes of 0 or 1 (also of rows of queries in sparse attention) and the first of
+any other may each compile.
 """
 
 from __future__ import annotations

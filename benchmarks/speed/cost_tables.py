@@ -68,7 +68,7 @@ def ops(results: Results) -> str:
 
 def sparse_attention(results: Results) -> str:
     """Sparse attention over dense on a CPU, a row for each case of `sparse_attention.py`."""
-    head = ["tokens", "tile", "pairs read", "of dense", "over pairs read", "choosing", "gathered", "goal"]
+    head = ["tokens", "tile", "pairs read", "of dense", "over pairs read", "choosing", "eager", "gathered", "goal"]
     rows = [
         [
             row["tokens"],
@@ -77,6 +77,7 @@ def sparse_attention(results: Results) -> str:
             f"{row['sparse']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
             f"{row['sparse'] / row['read']:.2f}",
             f"{row['choosing']:.3f}",
+            f"{row['eager']:.3f}",
             f"{row['gathered']:.3f}",
             _verdict(row["sparse"], 0.13, "0.13") if row["asked"] == 0.1 else "",
         ]

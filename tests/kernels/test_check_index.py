@@ -35,6 +35,7 @@ BROKEN = [
     ({"tiles": [[0, 3]]}, "tiles of a row are ascending and 4 or more apart"),
     ({"tiles": [[4, 0]]}, "tiles of a row are ascending"),
     ({"tiles": [[-1, 0]]}, "unused tiles come last"),
+    ({"tiles": [[0, 5]], "aligned": True}, "aligned tiles begin at multiples of 4"),
     ({"tiles": [[4, -1], [0, -1]], "rows": 4}, "tiles begin before the last query"),
     ({"tiles": [[0, 40]]}, "tiles begin at places 0 to 7"),
     ({"columns": [[3, -1, 1]]}, "columns of a row are ascending"),
