@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import AdditionalInputs, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from ..error_text import brief
-from ..errors import BadParameter, InputMismatch
+from ..error_text import brief, first_line
+from ..errors import BadParameter, CaptureFailed, InputMismatch
 from .dims import Axes, find_axes
 
+GIVEN = Mapping | list | tuple | Axes | ShapesCollection | AdditionalInputs | None
 SHAPES = '"auto" finds them; else as torch.export.export takes them: {input: {dimension: torch.export.Dim("batch")}}.'
 
 
 def check_shapes(shapes: Any) -> None:
     """Raise BadParameter for what can be no dynamic shapes."""
-    if shapes != "auto" if isinstance(shapes, str) else not isinstance(shapes, Mapping | list | tuple | Axes | None):
+    if shapes != "auto" if isinstance(shapes, str) else not isinstance(shapes, GIVEN):
         rule = '"auto" or shapes of torch.export'
         raise BadParameter(where="compile", name="dynamic_shapes", rule=rule, got=brief(shapes), hint=SHAPES)
 
@@ -32,8 +34,15 @@ def check_fixed(shapes: Any) -> None:
 
 
 def check_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> None:
-    """Raise InputMismatch for inputs that `forward` does not have, and where none is a tensor, or one is empty."""
-    signature = inspect.signature(model.forward)
+    """Raise InputMismatch for inputs that `forward` does not have, and where none is a tensor, or one is empty.
+
+    Raises CaptureFailed for a `forward` that Python cannot look into, as of a traced module.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError as error:
+        hint = "give the module itself, not what torch.jit made of it."
+        raise CaptureFailed(model=name, reason=first_line(error), where="", hint=hint) from error
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -139,6 +139,22 @@ def test_given_shapes_are_passed_on() -> None:
     assert sizes(program) == [["1", "?"]]
 
 
+def test_shapes_in_the_other_forms_of_torch_export_are_passed_on() -> None:
+    x, model = torch.ones(1, 8), Fn(lambda x: x + 1)
+    by_tensor, by_example = torch.export.ShapesCollection(), torch.export.AdditionalInputs()
+    by_tensor[x] = {1: Dim("width")}
+    by_example.add((torch.ones(1, 9),))
+    assert sizes(export_module(model, x, dynamic_shapes=by_tensor)) == [["1", "?"]]
+    assert sizes(export_module(model, x, dynamic_shapes=by_example)) == [["1", "?"]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_module_is_refused() -> None:
+    x = torch.ones(2, 8)
+    with pytest.raises(CaptureFailed, match="hint: give the module itself, not what torch.jit made of it"):
+        export_module(torch.jit.trace(nn.Linear(8, 8).eval(), x), x)
+
+
 def test_ranges_start_at_one() -> None:
     model = Fn(lambda ids: ids.view(ids.shape[0], 8) + 1)  # not the first attempt: its dims are inferred ones
     program = export_module(model, torch.ones(3, 8, dtype=torch.int64))
