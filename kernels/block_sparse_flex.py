@@ -47,7 +47,7 @@ def why_not(q: Tensor, index: Pairs) -> str:
         return "it reads tiles and single keys beside them"
     if index.lengths is not None and not index.causal:
         return "keys of padding lie within what a query may see"
-    if q.dtype not in TAKEN or not RUNS:
+    if q.dtype not in TAKEN or q.device.type != "cpu" or not RUNS:
         return "the kernel is not for this type, or not for this processor"
     return ""
 
