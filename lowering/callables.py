@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config as inductor_config
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbol_config
 from torch.utils import _pytree as pytree
@@ -82,7 +83,7 @@ class InductorModule(nn.Module):
         flat = self._flatten(args, kwargs)
         sizes = self.live_counts.key(flat)
         flat = [self._marked(place, value) for place, value in enumerate(flat)]
-        with torch.no_grad(), lengths_written_out():
+        with torch.no_grad(), lengths_written_out(), _for_these_threads():
             dummies = self.known.get(sizes)
             results = self._first_call(sizes, flat) if dummies is None else self.compiled(*flat, *dummies)
         return pytree.tree_unflatten(results, self.out_spec)
@@ -118,3 +119,12 @@ class InductorModule(nn.Module):
             rule = f"{arguments.num_children} positional and {list(keywords.context)} by keyword"
             raise InputMismatch(where="call", rule=f"arguments are {rule}", got=got, hint="call it as the example was.")
         return flat
+
+
+def _for_these_threads() -> Any:
+    """Code is compiled for the threads there are, and for no others is it taken from Inductor's cache.
+
+    FlexAttention's kernel has buffers for so many threads, and torch 2.11 keeps it under a key that leaves them out:
+    cached by a process with fewer threads, it would write behind them.
+    """
+    return inductor_config.patch({"cpp.threads": torch.get_num_threads()})

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 
@@ -57,6 +58,21 @@ def test_inductor_equals_eager_and_compiles_once_for_all_sizes(make_program, mak
 def kernels_of(program, given):
     _, codes = run_and_get_code(lower(program, CPU, "default"), given)
     return len(re.findall(r"^\w+ = async_compile", "".join(codes), re.MULTILINE))
+
+
+def test_code_is_compiled_for_the_threads_there_are(make_program, make_tokens):
+    """And is cached so: torch 2.11 would run FlexAttention's kernel, compiled for one thread, with any number."""
+    module, seen, before = lower(make_program(), CPU, "default"), [], torch.get_num_threads()
+    module.compiled = module.inner  # what Inductor is given, run as it is
+    module.inner.register_forward_pre_hook(lambda *_: seen.append(inductor_config.cpp.threads))
+    try:
+        for many in (1, 3):
+            torch.set_num_threads(many)
+            module(make_tokens(3, 12))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 3]
+    assert inductor_config.cpp.threads == -1
 
 
 def test_layers_share_kernels(make_program, make_tokens):
