@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
-from tamis.kernels.block_sparse_flex import visited, why_not
+from tamis.kernels.block_sparse_flex import RUNS, visited, why_not
 from tamis.kernels.sparse_pairs import Pairs, gathered
 from tamis.lowering.callables import lower
 from tamis.op import OPS
 from tamis.target import Target
 
 OP = OPS["block_sparse_attention"]
+KERNEL = "int64_t num_kviStrideB ="  # once in the source of each of FlexAttention's kernels
 NOTHING = Pairs(None, None, None, None, "kv", 16, 1, 0, 0, 0, 0, True)
 TILES = replace(NOTHING, tiles=torch.zeros(1, 1, 1, 1, dtype=torch.int32), width=16, aligned=True)
 
@@ -70,20 +72,19 @@ def test_blocks_are_those_that_hold_a_pair_and_whole_ones_those_that_hold_all(
 
 
 class Calls(nn.Module):
-    """The op with an index over the tiles and lengths that it is given."""
+    """Layers that call the op, each with its index, over the tiles and lengths that they are given."""
 
-    def __init__(self, index: Pairs, softcap: float | None) -> None:
+    def __init__(self, layers: list[Pairs], softcap: float) -> None:
         super().__init__()
-        self.index, self.softcap = index, softcap
+        self.layers, self.softcap = layers, softcap
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, lengths: Tensor) -> Tensor:
-        return OP.call(q, k, v, *self.given(tiles, lengths))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, lengths: Tensor) -> list[Tensor]:
+        return [OP.call(q, k, v, *self.given(index, tiles, lengths)) for index in self.layers]
 
-    def given(self, tiles: Tensor, lengths: Tensor) -> list[Any]:
-        index = self.index
+    def given(self, index: Pairs, tiles: Tensor, lengths: Tensor) -> list[Any]:
         lists = [tiles if index.tiles is not None else None, None, None, lengths if index.causal else None, index.share]
         numbers = [index.rows, index.width, index.sink, index.local, index.first, index.last, 0.3, index.causal]
-        return [*lists, *numbers, self.softcap, index.window, index.aligned]
+        return [*lists, *numbers, self.softcap if index.window else None, index.window, index.aligned]
 
 
 def prompt(batch: int, tokens: int, seed: int) -> tuple[Tensor, ...]:
@@ -94,28 +95,27 @@ def prompt(batch: int, tokens: int, seed: int) -> tuple[Tensor, ...]:
     return q, k, v, tiles, lengths
 
 
-@pytest.mark.parametrize(
-    ("index", "softcap"),
-    [
-        (replace(TILES, first=1, last=2), None),
-        (replace(NOTHING, sink=3, local=20, window=30), 1.5),
-        (replace(NOTHING, sink=1, local=30, causal=False), None),
-    ],
-)
-def test_compiled_once_it_is_the_reference_at_any_batch_and_length(index: Pairs, softcap: float | None) -> None:
-    module = Calls(index, softcap)
+WINDOWS = replace(NOTHING, sink=3, local=20, window=30)
+LAYERS = [replace(TILES, first=1, last=2), WINDOWS, replace(WINDOWS, causal=False), WINDOWS]
+
+
+def test_compiled_once_for_layers_alike_it_is_the_reference_at_any_batch_and_length() -> None:
+    module = Calls(LAYERS, 1.5)
     batch, length, rows = (torch.export.Dim(name, min=2) for name in ("batch", "length", "rows"))
     inputs = {0: batch, 2: length}
     shapes = (inputs, inputs, inputs, {0: batch, 2: rows, 3: rows}, {0: batch})
     program = torch.export.export(module, prompt(2, 100, 0), dynamic_shapes=shapes)
     compiled = lower(program, Target.parse("cpu"), "default")
+    _, codes = run_and_get_code(compiled, *prompt(2, 100, 0))
+    assert "".join(codes).count(KERNEL) == (3 if RUNS else 0)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for seed, (batches, tokens) in enumerate(((2, 100), (3, 65), (2, 208))):
         given = prompt(batches, tokens, seed)
-        got = compiled(*given)
         wide = [x.double() for x in given[:3]]
-        torch.testing.assert_close(got.double(), OP.reference(*wide, *module.given(*given[3:])), rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+        for index, got in zip(LAYERS, compiled(*given), strict=True):
+            expected = OP.reference(*wide, *module.given(index, *given[3:]))
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
 def test_what_it_does_not_take() -> None:
