@@ -14,7 +14,7 @@ from ..error_text import brief, first_line
 from ..errors import BadParameter, CaptureFailed, InputMismatch
 from .dims import Axes, find_axes
 
-GIVEN = Mapping | list | tuple | Axes | ShapesCollection | AdditionalInputs | None
+GIVEN = (Mapping, list, tuple, Axes, ShapesCollection, AdditionalInputs, type(None))
 SHAPES = '"auto" finds them; else as torch.export.export takes them: {input: {dimension: torch.export.Dim("batch")}}.'
 
 

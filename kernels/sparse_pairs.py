@@ -37,9 +37,11 @@ class Pairs:
     @staticmethod
     def of(*arguments: Any) -> tuple[Pairs, float, float | None]:
         """Of block_sparse_attention's arguments behind q, k and v; with the scale and the soft cap."""
-        who, numbers = arguments[:11], arguments[11:]
-        scale, causal, softcap, window, aligned = (*numbers, *(None, 0, False)[len(numbers) - 2 :])
-        return Pairs(*who, causal, window, aligned), scale, softcap
+        rest: tuple[Any, ...] = (None, 0, False)  # softcap, window, aligned
+        scale, causal, softcap, window, aligned = (*arguments[11:], *rest[len(arguments) - 13 :])
+        tiles, columns, positions, lengths, share, rows, width, sink, local, first, last = arguments[:11]
+        lists = (tiles, columns, positions, lengths, share, rows, width)
+        return Pairs(*lists, sink, local, first, last, causal, window, aligned), scale, softcap
 
     def sets(self, heads: int, key_heads: int) -> int:
         """How many heads have keys of their own: 1 where all share a list and the order of keys in memory."""
