@@ -47,6 +47,8 @@ def why_not(q: Tensor, index: Pairs) -> str:
         return "it reads tiles and single keys beside them"
     if index.lengths is not None and not index.causal:
         return "keys of padding lie within what a query may see"
+    if q.shape[2] == 1:
+        return "of one query Inductor does not compile it"  # it fuses a copy behind the kernel, which takes none
     if q.dtype not in TAKEN or q.device.type != "cpu" or not RUNS:
         return "the kernel is not for this type, or not for this processor"
     return ""

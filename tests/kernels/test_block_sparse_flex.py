@@ -118,6 +118,13 @@ def test_compiled_once_for_layers_alike_it_is_the_reference_at_any_batch_and_len
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
+def test_compiled_for_one_token() -> None:
+    module, given = Calls(LAYERS, 1.5), prompt(2, 1, 0)
+    compiled = lower(torch.export.export(module, given), Target.parse("cpu"), "default")
+    for index, got in zip(LAYERS, compiled(*given), strict=True):
+        torch.testing.assert_close(got, OP.reference(*given[:3], *module.given(index, *given[3:])))
+
+
 def test_what_it_does_not_take() -> None:
     q = torch.zeros(1, 2, 3, 4)
     column = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
@@ -133,3 +140,4 @@ def test_what_it_does_not_take() -> None:
     ):
         assert reason in why_not(q, index), index
     assert "type" in why_not(q.double(), TILES)
+    assert "one query" in why_not(q[:, :, :1], TILES)
