@@ -19,6 +19,7 @@ from .gathered_attention import with_dense
 from .sparse_pairs import Pairs
 
 LEAST = 16  # keys of a block; with fewer, rows that copy their keys are faster
+CPU = torch.device("cpu")
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 # As the template asks it; a constant, since torch.compile traces neither question
 RUNS = (
@@ -85,15 +86,15 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, index: Pairs, scale: float, s
     out = flex_attention(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
     if index.lengths is None:
         return out
-    real = torch.arange(tokens) < index.lengths.unsqueeze(1)
+    real = torch.arange(tokens, device=CPU) < index.lengths.unsqueeze(1)
     return torch.where(real[:, None, :, None], out, 0.0)
 
 
 def visited(index: Pairs, tokens: Any, width: int) -> tuple[Tensor, Tensor]:
     """[b, s, R, C] bool: blocks of which queries of a row read some keys, and blocks that all of them read whole."""
-    first = torch.arange((tokens + index.rows - 1) // index.rows).unsqueeze(1) * index.rows
+    first = torch.arange((tokens + index.rows - 1) // index.rows, device=CPU).unsqueeze(1) * index.rows
     last = torch.clamp(first + index.rows, max=tokens) - 1
-    low = torch.arange((tokens + width - 1) // width) * width
+    low = torch.arange((tokens + width - 1) // width, device=CPU) * width
     high = torch.clamp(low + width, max=tokens) - 1
     if index.tiles is not None:
         some = every = _listed(index.tiles.to(torch.int64), width, low.shape[0])
@@ -113,7 +114,7 @@ def visited(index: Pairs, tokens: Any, width: int) -> tuple[Tensor, Tensor]:
 def _listed(tiles: Tensor, width: int, blocks: Any) -> Tensor:
     """[B, S, R, C] bool: the blocks that tiles [B, S, R, T] name."""
     at = torch.where(tiles < 0, blocks, tiles // width)  # column `blocks` takes what is none
-    flags = torch.zeros((*tiles.shape[:3], blocks + 1), dtype=torch.bool)
+    flags = torch.zeros((*tiles.shape[:3], blocks + 1), dtype=torch.bool, device=CPU)
     return flags.scatter(3, at, torch.ones_like(at, dtype=torch.bool))[..., :-1]
 
 

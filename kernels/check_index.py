@@ -1,6 +1,7 @@
 """`check_index`: whether an index keeps the rules that `block_sparse_attention` relies on; for tests and debugging.
 
-With TAMIS_CHECK_INDEX=1 in the environment every call of the op on a CPU checks the index it is given.
+With TAMIS_CHECK_INDEX=1 in the environment every call of the op on a CPU checks the index it is given; a model that
+Inductor compiled to another form of it calls none.
 """
 
 from __future__ import annotations

@@ -72,8 +72,7 @@ class InductorModule(nn.Module):
         called = CALLED if self.on_gpu is None else ()
         module = inline_ops(program, counts=False, called=called).module(check_guards=False)
         module.graph.set_codegen(fx.graph.CodeGen())  # flat inputs and outputs
-        if self.on_gpu is None:
-            place_compiled(module.graph)
+        self.placed = self.on_gpu is None and place_compiled(module.graph)
         self.live_counts = lift_counts(module.graph)
         self.inner = fx.GraphModule(module, module.graph)
         self.compiled = torch.compile(self.inner, fullgraph=True, mode=None if mode == "default" else mode)
@@ -83,7 +82,7 @@ class InductorModule(nn.Module):
         flat = self._flatten(args, kwargs)
         sizes = self.live_counts.key(flat)
         flat = [self._marked(place, value) for place, value in enumerate(flat)]
-        with torch.no_grad(), lengths_written_out(), _for_these_threads():
+        with torch.no_grad(), lengths_written_out(), _settings(self.placed):
             dummies = self.known.get(sizes)
             results = self._first_call(sizes, flat) if dummies is None else self.compiled(*flat, *dummies)
         return pytree.tree_unflatten(results, self.out_spec)
@@ -121,10 +120,12 @@ class InductorModule(nn.Module):
         return flat
 
 
-def _for_these_threads() -> Any:
-    """Code is compiled for the threads there are, and for no others is it taken from Inductor's cache.
+def _settings(placed: bool) -> Any:
+    """Inductor's settings around a call: code is compiled for the threads there are, and cached for no others.
 
     FlexAttention's kernel has buffers for so many threads, and torch 2.11 keeps it under a key that leaves them out:
-    cached by a process with fewer threads, it would write behind them.
+    cached by a process with fewer threads, it would write behind them.  Where it is placed, nothing may be fused behind
+    it: its template refuses that, after the scheduler has decided for it.
     """
-    return inductor_config.patch({"cpp.threads": torch.get_num_threads()})
+    threads: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
+    return inductor_config.patch(threads | {"epilogue_fusion": False} if placed else threads)

@@ -8,9 +8,11 @@ No Python op may reach AOTInductor, which refuses them.  `torch.compile` calls t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -77,12 +79,39 @@ def inline_nodes(graph: fx.Graph, kept: Collection[str]) -> None:
             splicer.splice(node, op.reference)
 
 
-def place_compiled(graph: fx.Graph) -> None:
-    """Let nodes of ops with a form for `torch.compile` on a CPU call that form, in place: Python, traced once more."""
+def place_compiled(graph: fx.Graph) -> bool:
+    """Let nodes of ops with a form for `torch.compile` on a CPU call that form, in place: Python, traced once more.
+
+    Answers whether there were any.  Such a form may be a region that is compiled once, and takes no two views of one
+    tensor: the later ones are copied.
+    """
+    placed = False
     for node in graph.nodes:
         op = op_of(node)
-        if op is not None and op.compiled_on_cpu is not None:
-            node.target = op.compiled_on_cpu
+        if op is None or op.compiled_on_cpu is None:
+            continue
+        placed = True
+        seen: set[fx.Node] = set()
+        for given in dict.fromkeys(node.all_input_nodes):
+            base = _viewed(given)
+            if base in seen:
+                with graph.inserting_before(node):
+                    copy = graph.call_function(torch.ops.aten.clone.default, (given,))
+                node.replace_input_with(given, copy)
+            seen.add(base)
+        node.target = op.compiled_on_cpu
+    return placed
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """The node whose tensor this one's may share memory with."""
+    while node.op == "call_function" and node.all_input_nodes:
+        schema = getattr(node.target, "_schema", None)
+        shares = schema is not None and any(one.alias_info is not None for one in schema.returns)
+        if not (shares or node.target in (operator.getitem, torch.ops.aten.dropout.default)):
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _inline_count(node: fx.Node, splicer: Splicer) -> None:
