@@ -82,8 +82,8 @@ def inline_nodes(graph: fx.Graph, kept: Collection[str]) -> None:
 def place_compiled(graph: fx.Graph) -> bool:
     """Let nodes of ops with a form for `torch.compile` on a CPU call that form, in place: Python, traced once more.
 
-    Answers whether there were any.  Such a form may be a region that is compiled once, and takes no two views of one
-    tensor: the later ones are copied.
+    Answers whether there were any.  Such a form may be a region that is compiled once, which takes no two views of one
+    tensor, and hold a kernel whose template reads no views: they are copied.
     """
     placed = False
     for node in graph.nodes:
@@ -91,14 +91,11 @@ def place_compiled(graph: fx.Graph) -> bool:
         if op is None or op.compiled_on_cpu is None:
             continue
         placed = True
-        seen: set[fx.Node] = set()
         for given in dict.fromkeys(node.all_input_nodes):
-            base = _viewed(given)
-            if base in seen:
+            if _viewed(given) is not given:
                 with graph.inserting_before(node):
                     copy = graph.call_function(torch.ops.aten.clone.default, (given,))
                 node.replace_input_with(given, copy)
-            seen.add(base)
         node.target = op.compiled_on_cpu
     return placed
 

@@ -141,3 +141,18 @@ def test_what_it_does_not_take() -> None:
         assert reason in why_not(q, index), index
     assert "type" in why_not(q.double(), TILES)
     assert "one query" in why_not(q[:, :, :1], TILES)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values are views of one tensor, and what follows is pointwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (x * 2).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q + OP.call(q, k, v, None, None, None, None, "layer", 16, 1, 0, 20, 0, 0, 0.3, True)
+
+
+def test_views_of_one_tensor_before_and_arithmetic_behind() -> None:
+    x = torch.randn(2, 50, 48, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(Fused(), (x,), dynamic_shapes=({1: torch.export.Dim("length", min=17)},))
+    got = lower(program, Target.parse("cpu"), "default")(x)
+    torch.testing.assert_close(got, Fused()(x), rtol=1e-4, atol=1e-5)
