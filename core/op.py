@@ -55,8 +55,8 @@ class Op:
     parts      the definition in other ops of ours
     on_cpu     what a CPU runs where a program calls the op, where that is faster than the reference; same results to
                rounding, never traced
-    compiled_on_cpu  same arguments -> the same to rounding, in torch: what `torch.compile` traces for a CPU in place
-               of the call; it may call the op itself
+    compiled_on_cpu  same arguments, tensors as nodes -> the function of them, the same to rounding, that
+               `torch.compile` traces for a CPU in place of the call; None where the call stays
     contrib    same arguments -> OnnxCall of a function on ONNX Runtime's own operators, or as text why there is none;
                None where standard ones do
     captured   whether models hold it before any pass has run
@@ -77,7 +77,7 @@ class Op:
     contrib: Callable[..., OnnxCall | str] | None = None
     captured: bool = False
     on_cpu: Callable[..., Any] | None = None
-    compiled_on_cpu: Callable[..., Any] | None = None
+    compiled_on_cpu: Callable[..., Callable[..., Any] | None] | None = None
 
     @property
     def qualified(self) -> str:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from ..op import OnnxCall, Op, define_op
-from .block_sparse_flex import compiled
+from .block_sparse_flex import compiled_form
 from .block_sparse_rows import attend_rows
 from .check_index import asked_for, check_index
 from .gathered_attention import attended, with_dense
@@ -132,7 +132,7 @@ BLOCK_SPARSE_ATTENTION = define_op(
         schema=f"(Tensor q, Tensor k, Tensor v, {INDEX_SCHEMA}) -> Tensor",
         reference=reference,
         on_cpu=on_cpu,
-        compiled_on_cpu=compiled,
+        compiled_on_cpu=compiled_form,
         fake=fake,
         onnx=onnx,
         contrib=grouped_query,

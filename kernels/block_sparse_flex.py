@@ -9,6 +9,7 @@ nothing against, and rows that copy their keys (block_sparse_rows) the rest.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ RUNS = (
 )
 
 
+def compiled_form(q: Any, k: Any, v: Any, *rest: Any) -> Callable[..., Tensor] | None:
+    """What a call with these arguments is compiled as, of which tensors may be nodes; None: nothing else."""
+    return None if why_not_index(Pairs.of(*rest)[0]) else compiled
+
+
 def compiled(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """block_sparse_attention of the same arguments, for `torch.compile` to trace."""
     index, scale, softcap = Pairs.of(*rest)
@@ -40,6 +46,17 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
 def why_not(q: Tensor, index: Pairs) -> str:
     """Why FlexAttention does not take it, from what is known when compiling; "" where it does."""
+    if reason := why_not_index(index):
+        return reason
+    if q.shape[2] == 1:
+        return "of one query Inductor does not compile it"  # it fuses a copy behind the kernel, which takes none
+    if q.dtype not in TAKEN or q.device.type != "cpu" or not RUNS:
+        return "the kernel is not for this type, or not for this processor"
+    return ""
+
+
+def why_not_index(index: Pairs) -> str:
+    """Why it takes no such index, whatever its tensors hold; "" where it does."""
     if index.columns is not None or index.positions is not None:
         return "keys are listed one by one, or lie in another order"
     if index.tiles is not None and not (index.aligned and index.width >= LEAST):
@@ -48,10 +65,6 @@ def why_not(q: Tensor, index: Pairs) -> str:
         return "it reads tiles and single keys beside them"
     if index.lengths is not None and not index.causal:
         return "keys of padding lie within what a query may see"
-    if q.shape[2] == 1:
-        return "of one query Inductor does not compile it"  # it fuses a copy behind the kernel, which takes none
-    if q.dtype not in TAKEN or q.device.type != "cpu" or not RUNS:
-        return "the kernel is not for this type, or not for this processor"
     return ""
 
 

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from ..capture.program import copied, rebuild
 from ..counts import CountRule
+from ..op import all_arguments
 from .splice import Splicer, fake_mode_of, op_of
 
 # Ops that `torch.compile` on a CPU calls rather than compiles.  They sort, gather and scatter a few rows, which takes
@@ -90,13 +91,16 @@ def place_compiled(graph: fx.Graph) -> bool:
         op = op_of(node)
         if op is None or op.compiled_on_cpu is None:
             continue
+        form = op.compiled_on_cpu(*all_arguments(node.target, node.args, node.kwargs))
+        if form is None:
+            continue
         placed = True
         for given in dict.fromkeys(node.all_input_nodes):
             if _viewed(given) is not given:
                 with graph.inserting_before(node):
                     copy = graph.call_function(torch.ops.aten.clone.default, (given,))
                 node.replace_input_with(given, copy)
-        node.target = op.compiled_on_cpu
+        node.target = form
     return placed
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 
 from tamis.kernels.block_sparse_flex import RUNS, visited, why_not
 from tamis.kernels.sparse_pairs import Pairs, gathered
 from tamis.lowering.callables import lower
+from tamis.lowering.inline import place_compiled
 from tamis.op import OPS
 from tamis.target import Target
 
@@ -156,3 +157,18 @@ def test_views_of_one_tensor_before_and_arithmetic_behind() -> None:
     program = torch.export.export(Fused(), (x,), dynamic_shapes=({1: torch.export.Dim("length", min=17)},))
     got = lower(program, Target.parse("cpu"), "default")(x)
     torch.testing.assert_close(got, Fused()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_called_as_before_is_left_as_it_is() -> None:
+    """Views are copied for the kernel alone."""
+    graphs = []
+    for rows in (16, 8):  # without tiles a block is a row
+        graph = fx.Graph()
+        parts = [graph.call_function(torch.ops.aten.alias.default, (graph.placeholder(name),)) for name in "qkv"]
+        tiles = graph.placeholder("tiles") if rows == 8 else None
+        graph.call_function(OP.call, (*parts, tiles, None, None, None, "kv", rows, rows, 0, 0, 0, 0, 0.3, True))
+        graphs.append(graph)
+    assert [place_compiled(graph) for graph in graphs] == [True, False]
+    copies = [sum(node.target is torch.ops.aten.clone.default for node in graph.nodes) for graph in graphs]
+    assert copies == [3, 0]
+    assert [any(node.target is OP.call for node in graph.nodes) for graph in graphs] == [False, True]
