@@ -25,7 +25,16 @@ def hash_scores(ranks: Tensor, seed: int, layer: int, row: Tensor | None = None)
     Seeds that are equal modulo 2^31 - 1 give the same scores.  No errors; exact.
     """
     key = _permute(_permute(seed % PRIME, 1) + layer, 2)
-    return _permute(ranks, key if row is None else _permute(row, key))
+    return _permute(_opaque(ranks), key if row is None else _permute(_opaque(row), key))
+
+
+def _opaque(x: Tensor) -> Tensor:
+    """The same numbers, as every bit of PRIME is set.
+
+    Inductor follows + * % from an arange on as formulas, and takes minutes to simplify fifteen nested remainders of
+    squares; behind an `&` they are numbers like others.
+    """
+    return x & PRIME
 
 
 def _permute(x: Any, key: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from tamis.kernels.hash_scores import PRIME, hash_scores
 
@@ -61,3 +62,10 @@ def test_each_token_is_kept_equally_often():
     for seed in range(2000):
         kept[hash_scores(ranks(16), seed, 4).argsort(descending=True)[:4]] += 1
     assert ((kept / 2000 - 0.25).abs() < 0.05).all()
+
+
+def test_inductor_takes_them_for_numbers_and_not_for_one_formula():
+    """Followed from an arange on, their formula is a line of 23,000 characters that takes a minute to simplify."""
+    scores, code = run_and_get_code(torch.compile(lambda: hash_scores(ranks(4), 0, 3), fullgraph=True))
+    assert torch.equal(scores, hash_scores(ranks(4), 0, 3))
+    assert max(map(len, "".join(code).splitlines())) < 1000
