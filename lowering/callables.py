@@ -7,6 +7,7 @@ any other may each compile.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,14 @@ class InductorModule(nn.Module):
         return flat
 
 
-def _settings(placed: bool) -> Any:
-    """Inductor's settings around a call: code is compiled for the threads there are, and cached for no others.
+def _settings(placed: bool) -> AbstractContextManager[Any]:
+    """Inductor's settings around a call of a model with FlexAttention placed in it; of another, they stay as they are.
 
-    FlexAttention's kernel has buffers for so many threads, and torch 2.11 keeps it under a key that leaves them out:
-    cached by a process with fewer threads, it would write behind them.  Where it is placed, nothing may be fused behind
-    it: its template refuses that, after the scheduler has decided for it.
+    Its kernel has buffers for so many threads, and torch 2.11 keeps it under a key that leaves them out: cached by a
+    process with fewer threads, it would write behind them.  So it is compiled for the threads there are, and cached for
+    no others.  Nothing may be fused behind it: its template refuses that, after the scheduler has decided for it.
     """
-    threads: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
-    return inductor_config.patch(threads | {"epilogue_fusion": False} if placed else threads)
+    if not placed:
+        return nullcontext()
+    settings = {"cpp.threads": torch.get_num_threads(), "epilogue_fusion": False}
+    return inductor_config.patch(settings)  # type: ignore[no-any-return]

@@ -60,9 +60,11 @@ def kernels_of(program, given):
     return len(re.findall(r"^\w+ = async_compile", "".join(codes), re.MULTILINE))
 
 
-def test_code_is_compiled_for_the_threads_there_are(make_program, make_tokens):
-    """And is cached so: torch 2.11 would run FlexAttention's kernel, compiled for one thread, with any number."""
+@pytest.mark.parametrize("placed", [True, False])
+def test_flex_attention_is_compiled_for_the_threads_there_are(make_program, make_tokens, placed):
+    """And is cached so: torch 2.11 would run its kernel, compiled for one thread, with any number.  Others are not."""
     module, seen, before = lower(make_program(), CPU, "default"), [], torch.get_num_threads()
+    module.placed = placed
     module.compiled = module.inner  # what Inductor is given, run as it is
     module.inner.register_forward_pre_hook(lambda *_: seen.append(inductor_config.cpp.threads))
     try:
@@ -71,7 +73,7 @@ def test_code_is_compiled_for_the_threads_there_are(make_program, make_tokens):
             module(make_tokens(3, 12))
     finally:
         torch.set_num_threads(before)
-    assert seen == [1, 3]
+    assert seen == ([1, 3] if placed else [-1, -1])
     assert inductor_config.cpp.threads == -1
 
 
