@@ -14,6 +14,7 @@ from ..passes.sparse import SparseAttention
 from ..registry import origin_of, registered_passes
 from ..rewrite import Outcome, Pass, Pipeline
 from .inputs import Call, describe
+from .reach import has_one_length, reads_every_key
 
 TRIES: tuple[dict[str, Any], ...] = ({}, {"r": 1}, {"keep_ratio": 0.9})  # the first that a pass accepts is tried
 Step = Callable[[str], None]
@@ -62,7 +63,7 @@ def check_model(
     checked = []
     for name, one in tried:
         step(f"trying {name}")
-        checked.append(_try(name, one, graph))
+        checked.append(_try(name, one, graph, call))
     return {
         "name": graph.name,
         "source_hash": graph.source_hash,
@@ -136,7 +137,7 @@ def _answer(name: str) -> dict[str, Any]:
     return {"name": name, "applies": False, "tried": "", "layers": "", "reason": "", "places": []}
 
 
-def _try(name: str, one: Pass | None, graph: TokenGraph) -> dict[str, Any]:
+def _try(name: str, one: Pass | None, graph: TokenGraph, call: Call) -> dict[str, Any]:
     answer = _answer(name)
     if one is None:
         reason = "it has parameters without a default; name them with --pass"
@@ -145,13 +146,16 @@ def _try(name: str, one: Pass | None, graph: TokenGraph) -> dict[str, Any]:
     reason, outcomes = _run(one, graph)
     if reason:
         return {**answer, "reason": reason, "places": _places(graph, (), reason)}
+    idle = reads_every_key(graph, one, {o.layer for o in outcomes if o.applied}, call, search=False)
+    if idle and has_one_length(graph):
+        return {**answer, "reason": idle, "places": _places(graph, (), idle)}
     applied = [str(o.layer) for o in outcomes if o.applied]
     places = _places(graph, outcomes, "the pass does not choose this layer by default; layers=[...] does")
     return {
         **answer,
         "applies": bool(applied),
         "layers": ", ".join(applied),
-        "reason": _grouped(places, outcomes),
+        "reason": "; ".join(filter(None, [_grouped(places, outcomes), idle])),
         "places": places,
     }
 

@@ -22,24 +22,42 @@ def notes_on_reach(
     Raises:
         NothingChanged: the model has this length and no other, unless allow_noop.
     """
-    tokens = stream_length(graph, call) or 0
-    static = isinstance(stream_size(graph), int)
     notes: dict[str, None] = {}
     for one in passes:
-        sites = _unlike(graph, {o.layer for o in outcomes if o.applied and o.pass_name == str(one)})
-        if not (isinstance(one, SparseAttention) and sites and tokens):
+        layers = {o.layer for o in outcomes if o.applied and o.pass_name == str(one)}
+        said = reads_every_key(graph, one, layers, call)
+        if not said:
             continue
-        method = replace(one, layers=None, heads=None)
-        if not all(reads_all(method, site, tokens) for site in sites):
-            continue
-        only = ", the only length of the model," if static else ""
-        starts = [start for site in sites if (start := first_sparse(method, site, tokens)) is not None]
-        later = f"it leaves some out from about {min(starts)} on" if starts else ""
-        said = f"at {tokens} tokens{only} it reads every key; {later or f'so it does up to {max(LONGEST, tokens)}'}"
-        if static and not allow_noop:
+        if has_one_length(graph) and not allow_noop:
             raise NothingChanged(passes=str(one), reasons=f"  {said}")
-        notes[f"{method}: {said}"] = None
+        notes[f"{replace(one, layers=None, heads=None)}: {said}"] = None  # type: ignore[call-arg]
     return list(notes)
+
+
+def reads_every_key(graph: TokenGraph, one: Pass, layers: set[int | None], call: Call, *, search: bool = True) -> str:
+    """That a sparse pass leaves out no key of a call in these layers, and from which length on it does; else "".
+
+    search  whether that length is looked for, which takes up to seconds
+    """
+    tokens = stream_length(graph, call) or 0
+    sites = _unlike(graph, layers)
+    if not (isinstance(one, SparseAttention) and sites and tokens):
+        return ""
+    method = replace(one, layers=None, heads=None)
+    if not all(reads_all(method, site, tokens) for site in sites):
+        return ""
+    only = ", the only length of the model," if has_one_length(graph) else ""
+    said = f"at {tokens} tokens{only} it reads every key"
+    if not search:
+        return said
+    starts = [start for site in sites if (start := first_sparse(method, site, tokens)) is not None]
+    later = f"it leaves some out from about {min(starts)} on" if starts else f"so it does up to {max(LONGEST, tokens)}"
+    return f"{said}; {later}"
+
+
+def has_one_length(graph: TokenGraph) -> bool:
+    """Whether the model takes no other number of tokens than that of its example."""
+    return isinstance(stream_size(graph), int)
 
 
 def _unlike(graph: TokenGraph, layers: set[int | None]) -> list[Site]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from decoders import captured, prompt
 from zoo import FAMILIES
 
 from tamis import registry
 from tamis.capture import capture
 from tamis.graph import Mask, Rotation, TokenGraph
-from tamis.passes import BigBird, EViT, ToMe
+from tamis.passes import BigBird, EViT, Longformer, ToMe
 from tamis.registry import registered_passes
 from tamis.rewrite import Pipeline
 from tamis.runtime import check, cli
@@ -77,6 +78,20 @@ def test_passes_that_were_asked_for_are_tried_alone_and_as_they_are(
     Path("net.py").write_text(NETS)
     assert cli.main(["net.py:cnn", "--check", "-q", "--pass", "tome:q=2"]) == 2
     assert "no parameter 'q'" in capsys.readouterr().err
+
+
+def test_sparse_attention_that_reads_every_key_does_not_apply_to_a_model_of_one_length(graph: TokenGraph) -> None:
+    """As compiling would say; where the length may change, it applies, and the reason says so."""
+    passes = [Longformer(window=4096), Longformer(window=4)]
+    idle, sparse = check_model(graph, FAMILIES["siglip"].inputs(2), passes=passes)["passes"]
+    tokens = FAMILIES["siglip"].tokens
+    assert idle["applies"] is False
+    assert idle["reason"] == f"at {tokens} tokens, the only length of the model, it reads every key"
+    assert idle["places"][0]["reason"] == idle["reason"]
+    assert sparse["layers"] == "0, 1, 2, 3"
+    (found,) = check_model(captured("llama")[1], ((), prompt(2, 12, "left")), passes=passes[:1])["passes"]
+    assert found["applies"] is True
+    assert found["reason"] == "at 12 tokens it reads every key"
 
 
 def test_layers_alike_are_answered_by_the_first_of_them_as_all_would_be(graph: TokenGraph) -> None:
