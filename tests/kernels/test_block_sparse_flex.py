@@ -126,6 +126,25 @@ def test_compiled_for_one_token() -> None:
         torch.testing.assert_close(got, OP.reference(*given[:3], *module.given(index, *given[3:])))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [(torch.float16, "max-autotune"), pytest.param(torch.bfloat16, "default", marks=pytest.mark.full)],
+)
+def test_one_key_head_in_half_precision(dtype: torch.dtype, mode: str) -> None:
+    """Within two units in the last place of the largest output."""
+    q, k, v, tiles, lengths = prompt(2, 100, 0)
+    given = (q.to(dtype), k[:, :1].to(dtype), v[:, :1].to(dtype), tiles[:, :1].contiguous(), lengths)
+    module = Calls([TILES, WINDOWS], 1.5)
+    compiled = lower(torch.export.export(module, given), Target.parse("cpu"), mode)
+    outs, codes = run_and_get_code(compiled, *given)
+    assert "".join(codes).count(KERNEL) == (2 if RUNS else 0)
+    for index, got in zip([TILES, WINDOWS], outs, strict=True):
+        expected = OP.reference(*(x.double() for x in given[:3]), *module.given(index, *given[3:]))
+        room = 2 * torch.finfo(dtype).eps * expected.abs().max().item()
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=room)
+
+
 def test_what_it_does_not_take() -> None:
     q = torch.zeros(1, 2, 3, 4)
     column = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
