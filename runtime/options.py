@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..error_text import brief
 from ..errors import BadParameter, TargetMissing, UnknownPass
-from ..parameters import check_flags
+from ..parameters import KINDS
 from ..recipe_errors import PassNotInstalled
 from ..registry import origin_of
 from ..rewrite import Pipeline
@@ -15,6 +16,12 @@ from ..weights import TrainedPass
 from .recipe import Recipe
 
 MODES = ("default", "reduce-overhead", "max-autotune")
+FLAGS = ("restore", "token_map", "allow_noop")
+HINTS = {
+    **dict.fromkeys(FLAGS, "see help(tamis.compile)."),
+    "mode": "as in torch.compile; None (no --mode) runs eagerly.",
+    "dense_below": "tamis.find_break_even measures it.",
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +46,7 @@ class Options:
         """Read the passes (the recipe's when None) and check everything that can be checked before work starts."""
         if str(self.target) != "auto":
             _require_device(Target.parse(self.target))
-        if self.mode is not None and self.mode not in MODES:
-            hint = "as in torch.compile; None (no --mode) runs eagerly."
-            raise BadParameter(
-                where="compile", name="mode", rule=f"one of {', '.join(MODES)}", got=repr(self.mode), hint=hint
-            )
-        flags = ("restore", "token_map", "allow_noop")
-        check_flags("compile", **{name: getattr(self, name) for name in flags})
-        if type(self.dense_below) is not int or self.dense_below < 0:
-            rule, hint = "a number of tokens, 0 or more", "tamis.find_break_even measures it."
-            raise BadParameter(where="compile", name="dense_below", rule=rule, got=repr(self.dense_below), hint=hint)
+        self._check_values({} if recipe is None else recipe.options, path or "recipe")
         pipeline = _parsed(passes, recipe, path)
         if not pipeline.passes and not self.allow_noop:
             raise BadParameter(
@@ -56,6 +54,20 @@ class Options:
             )
         self.check_token_map(pipeline)
         return pipeline
+
+    def _check_values(self, recorded: dict[str, Any], path: str) -> None:
+        """Raise BadParameter for a value that is none; it names who gave it, the call or the recipe."""
+        flags = {name: (KINDS[bool], isinstance(getattr(self, name), bool)) for name in FLAGS}
+        rules = {
+            "mode": (f"one of {', '.join(MODES)}", self.mode is None or self.mode in MODES),
+            **flags,
+            "dense_below": ("a number of tokens, 0 or more", type(self.dense_below) is int and self.dense_below >= 0),
+        }
+        for name, (rule, holds) in rules.items():
+            if not holds:
+                value = getattr(self, name)
+                where = path if name in recorded and recorded[name] is value else "compile"
+                raise BadParameter(where=where, name=name, rule=rule, got=brief(value), hint=HINTS[name])
 
     def check_token_map(self, pipeline: Pipeline) -> None:
         """Raise BadParameter for a map of tokens of which none goes anywhere."""

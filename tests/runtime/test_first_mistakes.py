@@ -177,6 +177,19 @@ def test_arguments_of_the_wrong_kind(given: dict[str, Any], error: type[TamisErr
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("mode: fast", "mode must be one of default"), ("dense_below: -3", "dense_below must be a number of tokens")],
+)
+def test_a_wrong_option_of_a_recipe_names_its_file(tmp_path: Path, option: str, said: str) -> None:
+    """The call's own names the call, as above."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"passes: [tome:r=3]\noptions: {{{option}}}\n")
+    with pytest.raises(BadParameter) as caught:
+        tamis.compile(torch.nn.Linear(2, 2), torch.zeros(2, 2), recipe=recipe)
+    assert str(caught.value).startswith(f"{recipe}: {said}")
+
+
 def test_a_path_that_is_none(fast: CompiledModel) -> None:
     calls = {"load": tamis.load, "CompiledModel.export": fast.export, "CompiledModel.save": fast.save}
     for where, call in {**calls, "Recipe.read": tamis.Recipe.read}.items():
