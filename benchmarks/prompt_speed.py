@@ -82,7 +82,7 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| pass | over | " + " | ".join(f"{int(n):,} tokens" for n in lengths) + " | break-even |"]
     lines.append("|---" * (len(lengths) + 3) + "|")
     for one in results["measured"]:
-        pays = f"{one['break_even']} tokens" if one["break_even"] else "faster at all"
+        pays = f"{one['break_even']} tokens" if one["break_even"] else "faster at each length"
         for over, name, end in (("compiled", "the compiled original", pays), ("transformers", "transformers", "")):
             cells = [one["rows"][n][over] for n in lengths]
             shown = " | ".join(f"{mid:.2f}x ({low:.2f} to {high:.2f})" for mid, low, high in cells)
