@@ -196,7 +196,7 @@ CASES: dict[str, tuple[str, Maker, dict[str, int]]] = {  # model, what is done t
     "bert, integers": ("bert", quantised, {"QAttention": 2}),
     "bert, 4 bits": ("bert", functools.partial(few_bits, bits=4), {"MatMulNBits": 6, "Attention": 2}),
     "bert, 8 bits": ("bert", functools.partial(few_bits, bits=8), {"MatMulNBits": 6, "Attention": 2}),
-    "bert, by a session": ("bert", extended, {"FusedMatMul": 2, "BiasGelu": 2, "FusedGemm": 1}),
+    "bert, by a session": ("bert", extended, {"FusedMatMul": 2, "BiasGelu": 2}),
     "roberta": ("roberta", functools.partial(fused, kind="bert"), BERT | {"Attention": 2}),
     "vit": ("vit", functools.partial(fused, kind="vit"), BERT | {"Attention": 2}),
     "vit, heads apart": (
