@@ -44,11 +44,16 @@ def expected_outputs(name, passes, inputs, dtype=torch.float64):
     return reduced_forward(family, family.shared(dtype), inputs, passes)
 
 
+# Of five images drawn by seed 5 one has two pairs of tokens whose worth differs by 4e-8 of it, less than the float32 in
+# which attention's means are known: either may merge.
+SEEDS = {("beit", "mctf:keep_ratio=0.8"): 10, ("beitv2", "mctf:keep_ratio=0.8"): 10}
+
+
 @pytest.mark.parametrize(("name", "passes"), CASES)
 def test_a_rewritten_graph_equals_the_oracle_at_batches_1_2_5(name, passes):
     family, result = FAMILIES[name], rewritten(name, passes)
     for batch in (1, 2, 5):
-        inputs = family.inputs(batch, seed=batch, dtype=torch.float64)
+        inputs = family.inputs(batch, seed=SEEDS.get((name, passes), 0) + batch, dtype=torch.float64)
         answer = expected_outputs(name, passes, inputs)
         assert answer.stream.counts, "the oracle reduced nothing, so the comparison would be empty"
         assert_equal_outputs(run(result, inputs), answer.outputs, FLOAT64_BUDGET)
