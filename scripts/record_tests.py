@@ -49,12 +49,13 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     # Under xdist the workers load this too; only the process that collects all reports writes.
     if config.getoption("--record") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Recorder(Path(config.getoption("--record"))))
+        marked = config.getoption("markexpr")
+        config.pluginmanager.register(_Recorder(Path(config.getoption("--record")), marked))
 
 
 class _Recorder:
-    def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+    def __init__(self, path: Path, marked: str) -> None:
+        self.path, self.marked = path.resolve(), marked
         self.start = time.monotonic()
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.outcome: dict[str, str] = {}
@@ -69,6 +70,7 @@ class _Recorder:
         slowest = sorted(self.seconds.items(), key=lambda item: -item[1])[:SLOWEST]
         result = {
             **header(),
+            "marked": self.marked,  # what `-m` left of the tests; "": all
             "counts": dict(sorted(collections.Counter(self.outcome.values()).items())),
             "failed": sorted(name for name, outcome in self.outcome.items() if outcome == "failed"),
             "seconds": round(time.monotonic() - self.start, 1),

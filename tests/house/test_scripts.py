@@ -100,10 +100,12 @@ def test_the_record_plugin_counts(tmp_path: Path) -> None:
         "def test_d(broken): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "record_tests", "--record", tmp_path / "r.json", tmp_path]
+    command += ["-m", "not full"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     subprocess.run([*command, "-n", "2"], cwd=tmp_path, env=env, capture_output=True, timeout=300)
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["counts"] == {"failed": 2, "passed": 1, "skipped": 1}
+    assert result["marked"] == "not full"
     assert sorted(name.split("::")[1] for name in result["failed"]) == ["test_b", "test_d"]
     assert result["versions"]["torch"]
     assert len(result["slowest"]) == 4
