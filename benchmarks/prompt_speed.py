@@ -23,9 +23,7 @@ import datetime
 import json
 import platform
 import sys
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from speed.table import fill
@@ -41,39 +39,32 @@ def measure(subject: Any, one: str, lengths: list[int], rounds: int) -> dict[str
     import torch
 
     import tamis
+    from tamis.runtime.benchmark import benchmark
 
     def prompt(tokens: int) -> dict[str, Any]:
         ids = subject.tokens("manual", tokens)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
 
-    def plainly(tokens: int) -> list[float]:
+    def plainly(tokens: int) -> Any:
         given = prompt(tokens)
         plain = {name: value for name, value in given.items() if name != "attention_mask"}
-        return ratio(lambda: subject.model(**plain), lambda: fast(**given), rounds)
+        sides = (lambda: subject.model(**plain)), (lambda: fast(**given))
+        with torch.inference_mode():
+            return benchmark(*sides, repeats=rounds, shapes=f"{tokens} tokens", mode="transformers and default")
 
     fast = tamis.compile(subject.model, kwargs=prompt(max(lengths)), passes=one, mode="default", verify=False)
     eager = {tokens: plainly(tokens) for tokens in lengths}  # before there is a guard
     found = tamis.find_break_even(fast, **prompt(max(lengths)), lengths=lengths, repeats=rounds)
     rows = {
-        str(tokens): {"compiled": [timed.speedup, timed.low, timed.high], "transformers": eager[tokens]}
+        str(tokens): {"compiled": spread(timed), "transformers": spread(eager[tokens])}
         for tokens, timed in found.measured.items()
     }
     return {"pass": one, "break_even": found.tokens, "rows": rows}
 
 
-def ratio(first: Any, second: Any, rounds: int) -> list[float]:
-    """Median, smallest and largest over the rounds of the first's time over the second's."""
-    import torch
-
-    def seconds(run: Any) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    with torch.inference_mode():
-        first(), second()
-        found = [seconds(first) / seconds(second) for _ in range(rounds)]
-    return [median(found), min(found), max(found)]
+def spread(timed: Any) -> list[float]:
+    """Median, smallest and largest of a benchmark's ratios."""
+    return [timed.speedup, timed.low, timed.high]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -114,8 +105,9 @@ def main() -> None:
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "measured": [],
     }
+    subject = Subject()
     for one in options.passes:
-        results["measured"].append(measure(Subject(), one, sorted(options.lengths), options.rounds))
+        results["measured"].append(measure(subject, one, sorted(options.lengths), options.rounds))
         print(json.dumps(results["measured"][-1]), flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Scores that look random and are the same everywhere: a keyed permutation of the integers below 2^31 - 1.
 
 Three rounds of x <- (x + key)^5 mod p, p = 2^31 - 1, as in the cipher MiMC.  5 does not divide p - 1, so x^5 permutes
-the field: tokens of one row never tie.  Only *, + and % on int64 with products below 2^62, so torch and ONNX Runtime
+the field: tokens of one row never tie.  Only *, +, % and & on int64 with products below 2^62, so torch and ONNX Runtime
 agree to the bit, which no random generator would give.  Not for cryptography.
 Source: the counter-based draw of methods card 8.2; ours is keyed by (seed, layer), not by the sample, so that a row's
 result does not depend on its place in the batch.

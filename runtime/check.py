@@ -146,7 +146,9 @@ def _try(name: str, one: Pass | None, graph: TokenGraph, call: Call) -> dict[str
     reason, outcomes = _run(one, graph)
     if reason:
         return {**answer, "reason": reason, "places": _places(graph, (), reason)}
-    idle = reads_every_key(graph, one, {o.layer for o in outcomes if o.applied}, call, search=False)
+    idle = ""
+    if isinstance(one, SparseAttention):
+        idle = reads_every_key(graph, one, {o.layer for o in outcomes if o.applied}, call, search=False)
     if idle and has_one_length(graph):
         return {**answer, "reason": idle, "places": _places(graph, (), idle)}
     applied = [str(o.layer) for o in outcomes if o.applied]

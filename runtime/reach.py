@@ -24,24 +24,28 @@ def notes_on_reach(
     """
     notes: dict[str, None] = {}
     for one in passes:
+        if not isinstance(one, SparseAttention):
+            continue
         layers = {o.layer for o in outcomes if o.applied and o.pass_name == str(one)}
         said = reads_every_key(graph, one, layers, call)
         if not said:
             continue
         if has_one_length(graph) and not allow_noop:
             raise NothingChanged(passes=str(one), reasons=f"  {said}")
-        notes[f"{replace(one, layers=None, heads=None)}: {said}"] = None  # type: ignore[call-arg]
+        notes[f"{replace(one, layers=None, heads=None)}: {said}"] = None
     return list(notes)
 
 
-def reads_every_key(graph: TokenGraph, one: Pass, layers: set[int | None], call: Call, *, search: bool = True) -> str:
-    """That a sparse pass leaves out no key of a call in these layers, and from which length on it does; else "".
+def reads_every_key(
+    graph: TokenGraph, one: SparseAttention, layers: set[int | None], call: Call, *, search: bool = True
+) -> str:
+    """That a pass leaves out no key of a call in these layers, and from which length on it does; else "".
 
     search  whether that length is looked for, which takes up to seconds
     """
     tokens = stream_length(graph, call) or 0
     sites = _unlike(graph, layers)
-    if not (isinstance(one, SparseAttention) and sites and tokens):
+    if not (sites and tokens):
         return ""
     method = replace(one, layers=None, heads=None)
     if not all(reads_all(method, site, tokens) for site in sites):

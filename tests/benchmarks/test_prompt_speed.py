@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import prompt_speed
-import pytest
 from speed.table import fill
 
 RESULTS = json.loads((prompt_speed.ROOT / "benchmarks" / "results" / "prompt_speed.json").read_text())
@@ -15,17 +13,6 @@ RESULTS = json.loads((prompt_speed.ROOT / "benchmarks" / "results" / "prompt_spe
 def test_the_page_shows_what_was_measured() -> None:
     page = prompt_speed.PAGE.read_text()
     assert fill(page, RESULTS, {"prompt_speed": prompt_speed.table}) == page
-
-
-def test_a_ratio_is_the_first_over_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Median, smallest and largest; what both take before the rounds does not count."""
-    clock, takes = [0.0], {"first": iter([9.0, 2.0, 4.0, 3.0]), "second": iter([9.0, 1.0, 1.0, 1.0])}
-    monkeypatch.setattr(prompt_speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def run(name: str) -> None:
-        clock[0] += next(takes[name])
-
-    assert prompt_speed.ratio(lambda: run("first"), lambda: run("second"), 3) == [3.0, 2.0, 4.0]
 
 
 def test_a_pass_has_a_line_for_each_side() -> None:
